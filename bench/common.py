@@ -1,0 +1,267 @@
+"""What the benchmarks share: scoring, contenders that train, alternation, the machine's rates, tables, results.jsonl.
+
+Everything here runs A against B in turns within one call, so that a machine's moods fall on both alike.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+
+import numpy as np
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if ROOT not in sys.path:  # `python bench/x.py` puts bench/ there, not the folder above
+    sys.path.insert(0, ROOT)
+
+import data  # noqa: E402
+import runtime as rt  # noqa: E402
+import settings as settings_module  # noqa: E402
+from settings import TrainSettings  # noqa: E402
+from tokenizer import PAD  # noqa: E402
+
+CONFIG = os.path.join(ROOT, "config/cpu.yaml")
+SMOKE = dict(data_path="data/sample_dialogues.txt", train_percent=0.9, n_layer=1, n_head=2, n_embd=32, block_size=64, train_batch=4,
+             compile=False, device="cpu", tensorboard_path=None, max_minutes=None)
+
+
+def parser(description):
+    """The command line of a benchmark: CONFIG key=value … --smoke --results."""
+    arguments = argparse.ArgumentParser(description=description.splitlines()[0])
+    arguments.add_argument("config", nargs="?", default=CONFIG, help="shape, data and recipe of ours")
+    arguments.add_argument("override", nargs="*", help="key=value")
+    arguments.add_argument("--smoke", action="store_true", help="seconds instead of minutes, to show that the script works")
+    arguments.add_argument("--results", default=os.path.join(ROOT, "bench/results.jsonl"), help="file that lines are appended to")
+    return arguments
+
+
+def read_settings(options):
+    """TrainSettings of the command line."""
+    if "=" in options.config:  # no CONFIG, only key=value
+        options.config, options.override = CONFIG, [options.config, *options.override]
+    values = settings_module.read_yaml(options.config)
+    if options.smoke:
+        values |= SMOKE | dict(data_path=os.path.join(ROOT, SMOKE["data_path"]))
+    return settings_module.build(TrainSettings, values | settings_module.overrides(options.override))
+
+
+def table(header, rows):
+    """Prints rows under a header as a Markdown table."""
+    cells = [[f"{cell:,.3g}" if isinstance(cell, float) and abs(cell) < 100 else f"{cell:,.0f}" if isinstance(cell, (int, float))
+              else str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(header, *cells)]
+    for line in (header, ["-" * width for width in widths], *cells):
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |", flush=True)
+
+
+def record(path, benchmark, **values):
+    """Appends a line of results, with the date and the machine, to a .jsonl file."""
+    if torch.cuda.is_available():
+        machine = torch.cuda.get_device_name()
+    else:
+        with open("/proc/cpuinfo") as file:
+            name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "CPU")
+        machine = f"{name}, {torch.get_num_threads()} threads"
+    line = dict(bench=benchmark, date=time.strftime("%Y-%m-%d %H:%M"), machine=machine, torch=torch.__version__) | values
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_results(path, benchmark):
+    """The lines that `record` wrote for a benchmark."""
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as file:
+        return [line for line in map(json.loads, file) if line.get("bench") == benchmark]
+
+
+def alternate(trials, rounds):
+    """{name: function} called in turns, `rounds` times: {name: [what it returned]}."""
+    found = {name: [] for name in trials}
+    for _ in range(rounds):
+        for name, trial in trials.items():
+            found[name].append(trial())
+    return found
+
+
+def median(values):
+    return statistics.median(values)
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matmul_rate(device, dtype, size=None, seconds=0.5):
+    """FLOP/s of the matrix product of two (size, size) matrices, the best of the products that fit into `seconds`."""
+    size = size or (2048 if device.type == "cpu" else 8192)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size ** 3 / _best(lambda: a @ b, device, seconds)
+
+
+def memory_rate(device, size=1 << 30, seconds=0.5):
+    """Bytes/s at which `size` bytes are read."""
+    numbers = torch.ones(size // 4, device=device)
+    return size / _best(lambda: numbers.sum(), device, seconds)
+
+
+def _best(function, device, seconds):
+    function()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < end:
+        synchronize(device)
+        begin = time.perf_counter()
+        function()
+        synchronize(device)
+        best = min(best, time.perf_counter() - begin)
+    return best
+
+
+def pieces_by_length(documents, block_size):
+    """(starts, lengths) of all pieces (data.cut), shortest first."""
+    starts, lengths = data.cut(documents, block_size)
+    order = np.argsort(lengths, kind="stable")
+    return starts[order], lengths[order]
+
+
+def padded(documents, starts, lengths, width):
+    """Inputs and targets (rows, width) int64, a piece a row; filling has the target -100."""
+    place = np.arange(width)
+    inside = place < lengths[:, None]
+    source = np.where(inside, starts[:, None] + place, 0)
+    inputs = np.where(inside, documents.ids[source].astype(np.int64), PAD)
+    targets = np.where(inside, documents.ids[source + inside].astype(np.int64), data.IGNORE)
+    return inputs, targets
+
+
+@torch.no_grad()
+def score(nats, documents, block_size, device, tokens=4096):
+    """Nats per real token of held-out `documents`, each scored alone in its row; `nats(inputs, targets)` sums over a batch."""
+    starts, lengths = pieces_by_length(documents, block_size)
+    total, row = 0.0, 0
+    while row < len(starts):
+        rows = slice(row, row + max(1, tokens // int(lengths[min(row + 16, len(starts) - 1)])))
+        inputs, targets = padded(documents, starts[rows], lengths[rows], int(lengths[rows][-1]))
+        total += float(nats(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)))
+        row = rows.stop
+    return total / max(1, int(lengths.sum()))
+
+
+class Contender:
+    """A recipe in training, ours or another's: one step after another, seconds counted, to be stopped and gone on with.
+
+    `batches` yields ((array, …), count of real targets); `loss(arrays …, count)` is the mean loss that a step minimises;
+    `nats(inputs, targets)` sums over a batch for `score`; `factor(step, seconds)` scales the learning rates.
+    """
+
+    def __init__(self, model, optimizers, batches, loss, nats, runtime, clip=1.0, factor=lambda step, seconds: 1.0):
+        self.model, self.optimizers, self.batches, self.runtime = model, optimizers, batches, runtime
+        self.loss, self._nats, self.clip, self.factor = loss, nats, clip, factor
+        self.steps, self.tokens, self.seconds, self.first_step, self.curve = 0, 0, 0.0, 0.0, []
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group.setdefault("peak", group["lr"])
+
+    def step(self):
+        """One step; returns how many real targets it learnt from."""
+        arrays, count = next(self.batches)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * self.factor(self.steps, self.seconds)
+        tensors = [torch.from_numpy(array).to(self.runtime.device, non_blocking=True) for array in arrays]
+        loss = self.loss(*tensors, count)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        self.tokens += count
+        return count
+
+    def train(self, seconds):
+        """Steps for so long; returns real tokens/s."""
+        synchronize(self.runtime.device)
+        begin, tokens, before = time.perf_counter(), 0, self.seconds
+        while self.seconds - before < seconds:
+            tokens += self.step()
+            if self.runtime.device.type == "cuda" and self.steps % 20 == 0 or self.steps == 1:
+                synchronize(self.runtime.device)
+            self.seconds = before + time.perf_counter() - begin
+            if self.steps == 1:
+                self.first_step = self.seconds
+        synchronize(self.runtime.device)
+        self.seconds = before + time.perf_counter() - begin
+        return tokens / (self.seconds - before)
+
+    def nats(self, inputs, targets):
+        with torch.compiler.set_stance("force_eager"):
+            return self._nats(inputs, targets)
+
+    def score(self, documents, block_size):
+        """Scores the held-out documents, notes (seconds, loss) in the curve, and returns the loss; takes no seconds."""
+        self.model.eval()
+        loss = score(self.nats, documents, block_size, self.runtime.device)
+        self.model.train()
+        self.curve.append((self.seconds, loss))
+        return loss
+
+    def save(self, path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        torch.save(dict(model=self.model.state_dict(), optimizers=[o.state_dict() for o in self.optimizers], steps=self.steps,
+                        tokens=self.tokens, seconds=self.seconds, first_step=self.first_step, curve=self.curve), path + ".part")
+        os.replace(path + ".part", path)
+
+    def load(self, path):
+        saved = torch.load(path, map_location=self.runtime.device, weights_only=True)
+        self.model.load_state_dict(saved["model"])
+        for optimizer, state in zip(self.optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
+        for name in ("steps", "tokens", "seconds", "first_step", "curve"):
+            setattr(self, name, saved[name])
+
+
+def open_store(settings):
+    """(training Documents, held-out Documents, tokenizer) of the settings' corpus: the same for every contender."""
+    import tokenizer
+    store = data.prepare(settings)
+    return data.Documents(store, "train"), data.Documents(store, "val"), tokenizer.load(os.path.join(store, "tokenizer.json"))
+
+
+def ours(settings, documents, vocab_size, runtime):
+    """The project's own step as train.py takes it: packed rows, its loss, its optimizers."""
+    import dataclasses
+
+    from model import GPT, GPTConfig
+    from optim import make_optimizers
+    torch.manual_seed(settings.seed)
+    shape = {f.name: getattr(settings, f.name) for f in dataclasses.fields(GPTConfig) if f.name != "vocab_size"}
+    model = GPT(GPTConfig(vocab_size=vocab_size, **shape)).to(runtime.device).train()
+    model.checkpointing = settings.checkpointing
+    if settings.compile:
+        model.compile_parts()
+
+    def batches():
+        for number in range(settings.max_epoch):
+            epoch = data.Epoch(documents, settings.block_size, settings.seed, number)
+            for row in range(0, len(epoch), settings.train_batch):
+                yield epoch.batch(row, row + settings.train_batch), epoch.real_targets(row, row + settings.train_batch)
+
+    def loss(inputs, targets, numbers, count):
+        with runtime.autocast():
+            return model(inputs, targets, numbers) / count
+
+    def nats(inputs, targets):
+        with runtime.autocast():
+            return model.loss(inputs, targets)
+
+    return Contender(model, make_optimizers(model, settings), batches(), loss, nats, runtime, settings.grad_clip or float("inf"))
+
+
+def start(settings):
+    """The Runtime that all contenders of a call share."""
+    return rt.start(settings)

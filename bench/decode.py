@@ -1,0 +1,167 @@
+"""Tokens/s of decoding: this program's, the original's way (float32, no cache), transformers' generate, and the limit that the
+memory bandwidth sets, measured in the same run: python bench/decode.py [--batch 1 8 64] [--context 32 128 1024].
+
+Weights are random: speed does not depend on them. Each round measures every way once, one after the other, so that a
+noisy machine is noisy for all alike; the table shows medians. A JSON line for each row goes to bench/results.jsonl.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+
+import torch
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+from model import GPT, GPTConfig, KVCache, Sampling, generate
+from quantize import quantize
+
+SHAPES = {"7M": dict(n_layer=6, n_head=4, n_embd=256), "90M": dict(n_layer=12, n_head=12, n_embd=768),
+          "300M": dict(n_layer=26, n_head=15, n_embd=960)}
+VOCABULARY = 7587
+SAMPLING = dict(temperature=0.65, top_p=0.92)  # as shipped
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="90M")
+    parser.add_argument("--arch", choices=["gpt2", "modern"], default="gpt2")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--context", type=int, nargs="+", default=[128])
+    parser.add_argument("--ways", nargs="+", default=["original", "float32", "bfloat16", "int8", "int4", "transformers"])
+    parser.add_argument("--tokens", type=int, default=32, help="new tokens in a measurement; the original's way makes an eighth")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    ways = {way: prepare(way, options) for way in options.ways}
+    missing = [way for way, run in ways.items() if run is None]
+    ways = {way: run for way, run in ways.items() if run}
+    print(f"{options.shape} {options.arch} on {machine(options.device)}, torch {torch.__version__}; "
+          f"not measured: {', '.join(missing) or 'nothing'}")
+    print(f"{'way':<14}{'batch':>6}{'context':>8}{'tokens/s':>10}{'times original':>16}{'GB/s':>8}{'of bandwidth':>14}")
+    for batch in options.batch:
+        for context in options.context:
+            measure(ways, batch, context, options)
+
+
+def measure(ways, batch, context, options):
+    """Alternates the ways at one batch and context; prints and writes a row for each."""
+    speeds, bandwidths = {way: [] for way in ways}, []
+    for number in range(options.rounds + 1):
+        for way, (run, _) in ways.items():
+            tokens = max(2, options.tokens // 8) if way == "original" else options.tokens
+            seconds = run(torch.randint(3, VOCABULARY, (batch, context)), tokens)
+            if number:  # the first round warms up
+                speeds[way].append(batch * tokens / seconds)
+        bandwidths.append(memory_bandwidth(options.device))
+    bandwidth = statistics.median(bandwidths[1:])
+    print(f"memory reads at {bandwidth / 1e9:.1f} GB/s")
+    for way, (_, size) in ways.items():
+        speed = statistics.median(speeds[way])
+        times = statistics.median(a / b for a, b in zip(speeds[way], speeds["original"])) if "original" in ways else None
+        reads = speed / batch * size
+        print(f"{way:<14}{batch:>6}{context:>8}{speed:>10.1f}{times or 0:>16.1f}{reads / 1e9:>8.1f}{reads / bandwidth:>14.0%}", flush=True)
+        row = dict(bench="decode", shape=options.shape, arch=options.arch, device=options.device, way=way, batch=batch, context=context,
+                   tokens_per_second=round(speed, 2), times_original=times and round(times, 2), weight_bytes=size,
+                   memory_bandwidth=round(bandwidth), threads=torch.get_num_threads(), torch=torch.__version__)
+        with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "results.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def prepare(way, options):
+    """(function of prompt ids (B, T) and a number of new tokens that returns seconds, bytes of weights read for a token), or
+    None where the way is missing."""
+    shape = SHAPES[options.shape]
+    block_size = max(options.context) + options.tokens + 1
+    if way == "transformers":
+        return prepare_transformers(shape, block_size, options)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=VOCABULARY, arch=options.arch, block_size=block_size, **shape)).eval().requires_grad_(False)
+    model.norm.weight.data.mul_(8)  # predictions as peaked as a trained model's, not nearly uniform ones: sampling sorts the nucleus
+    model.to(options.device, torch.float32 if way in ("original", "float32") else torch.bfloat16)
+    if way in ("int8", "int4"):
+        quantize(model, way)
+    read = {id(tensor): tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+            if model.config.tied and way not in ("int8", "int4") or not name.startswith("embedding")}
+    for module in model.modules():  # packed weights are plain tensors
+        read |= {id(value): value for value in vars(module).values() if isinstance(value, torch.Tensor)}
+    size = sum(tensor.numel() * tensor.element_size() for name, tensor in read.items())
+    run = original_way if way == "original" else cached
+    return lambda ids, tokens: run(model, ids.to(options.device), tokens), size
+
+
+@torch.inference_mode()
+def original_way(model, ids, tokens):
+    """Every token computes the whole context anew."""
+    synchronise(ids)
+    begin = time.perf_counter()
+    for _ in range(tokens):
+        logits = model.logits(model.hidden(ids)[:, -1])
+        chosen = torch.multinomial((logits / 0.5).softmax(dim=-1), 1)
+        ids = torch.cat([ids[:, 1:], chosen], dim=1)
+    synchronise(ids)
+    return time.perf_counter() - begin
+
+
+def cached(model, ids, tokens):
+    """`generate`, from the second token on: the first one includes the prompt."""
+    cache = KVCache(model.config, len(ids), model.config.block_size, ids.device, model.embedding.weight.dtype)
+    stream = generate(model, ids.tolist(), Sampling(max_new_tokens=tokens + 1, **SAMPLING), cache=cache)
+    next(stream)
+    synchronise(ids)
+    begin = time.perf_counter()
+    for _ in stream:
+        pass
+    synchronise(ids)
+    return time.perf_counter() - begin
+
+
+def prepare_transformers(shape, block_size, options):
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError:
+        return None
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=block_size, **shape)).eval()
+    model.to(options.device, torch.bfloat16)
+
+    @torch.inference_mode()
+    def run(ids, tokens):
+        ids = ids.to(options.device)
+        keys = dict(do_sample=True, temperature=0.8, top_p=0.9, top_k=0, pad_token_id=0, eos_token_id=None)
+        seconds = []
+        for count in (1, tokens + 1):  # the difference is `tokens` tokens without the prompt
+            synchronise(ids)
+            begin = time.perf_counter()
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, **keys)
+            synchronise(ids)
+            seconds.append(time.perf_counter() - begin)
+        return seconds[1] - seconds[0]
+    return run, sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def synchronise(ids):
+    if ids.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def memory_bandwidth(device):
+    """Bytes/s of reading 512 MB, as often as a decoding takes long: the median, as for the decoding itself."""
+    data, speeds = torch.ones(1 << 27, device=device), []
+    for _ in range(10):
+        synchronise(data)
+        begin = time.perf_counter()
+        data.sum()
+        synchronise(data)
+        speeds.append(data.numel() * 4 / (time.perf_counter() - begin))
+    return statistics.median(speeds)
+
+
+def machine(device):
+    return torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Characters/s and peak memory of preparing a corpus, ours against the original's way: python bench/prepare.py [CONFIG]
+
+Each preparation runs in a process of its own, in turns, from a cold start of the program but with the file in the page
+cache. The original's way, written from facts: the text, its dialogues, lists of ids by dictionary, cut or filled to
+block_size, and inputs and targets as int64 arrays, all held in memory.
+"""
+
+import collections
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def peak_memory():
+    """(bytes that this process held at most, bytes it holds now); Linux."""
+    with open("/proc/self/status") as file:
+        status = dict(line.split(":", 1) for line in file)
+    return tuple(int(status[name].split()[0]) * 1024 for name in ("VmHWM", "VmRSS"))
+
+
+def originals_way(path, block_size):
+    """Inputs and targets (dialogues, block_size) int64 of a corpus, and its vocabulary."""
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    dialogues = text.split("\n\n")
+    counts = collections.Counter(text.replace("\n", ""))
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<sep>", "<pad>", *(c for c, _ in counts.most_common())])}
+    rows = []
+    for dialogue in dialogues:
+        ids = [vocabulary["<sep>"] if c == "\n" else vocabulary.get(c, 0) for c in dialogue.strip("\n")][:block_size]
+        rows.append(ids + [vocabulary["<pad>"]] * (block_size - len(ids)))
+    inputs = np.array(rows, dtype=np.int64)
+    targets = np.array([row[1:] + [vocabulary["<pad>"]] for row in rows], dtype=np.int64)
+    return inputs, targets, vocabulary
+
+
+def child(way, path, block_size):
+    """In a fresh process: prepares once and prints seconds, peak bytes, bytes before."""
+    if way == "ours":
+        sys.path.insert(0, ROOT)
+        import data
+        from settings import TrainSettings
+        prepare = lambda: data.prepare(TrainSettings(data_path=path, block_size=block_size))
+    else:
+        prepare = lambda: originals_way(path, block_size)
+    _, before = peak_memory()
+    begin = time.perf_counter()
+    kept = prepare()
+    seconds = time.perf_counter() - begin
+    print(seconds, peak_memory()[0], before, flush=True)
+    del kept
+
+
+def trial(way, corpus, block_size):
+    """(seconds, peak bytes above the program's own, peak bytes) of one preparation."""
+    with tempfile.TemporaryDirectory() as folder:  # the store goes beside the corpus
+        path = os.path.join(folder, "corpus.txt")
+        os.symlink(os.path.abspath(corpus), path)
+        command = [sys.executable, os.path.abspath(__file__), "--child", way, path, str(block_size)]
+        seconds, peak, before = map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    return seconds, peak - before, peak
+
+
+def main(arguments=None):
+    import common
+    parser = common.parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--copies", type=int, default=1, help="the corpus so many times over, to see what grows")
+    options = parser.parse_args(arguments)
+    settings = common.read_settings(options)
+    options.rounds = 1 if options.smoke else options.rounds
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = os.path.join(folder, "corpus.txt")
+        with open(corpus, "wb") as file:
+            for _ in range(options.copies):
+                with open(settings.data_path, "rb") as source:
+                    shutil.copyfileobj(source, file)
+                file.write(b"\n\n")
+        with open(corpus, encoding="utf-8") as file:
+            characters = sum(map(len, file))
+        found = common.alternate({way: lambda way=way: trial(way, corpus, settings.block_size) for way in ("ours", "original")},
+                                 options.rounds)
+    rows = []
+    for way, trials in found.items():
+        seconds, above, peak = map(common.median, zip(*trials))
+        rows.append([way, round(characters / seconds), seconds, above / 2**20, peak / 2**20])
+        common.record(options.results, "prepare", way=way, characters=characters, copies=options.copies, seconds=[t[0] for t in trials],
+                      characters_per_second=characters / seconds, peak_above_start=above, peak=peak, smoke=options.smoke)
+    common.table(["way", "characters/s", "seconds", "MiB above start", "MiB in all"], rows)
+    print(f"{characters:,} characters; ours is {rows[0][1] / rows[1][1]:.1f} times faster with "
+          f"{rows[0][3] / rows[1][3]:.3f} of the memory ({rows[0][4] / rows[1][4]:.3f} with the program itself)")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:  # nothing heavy is imported here: the peak is to be the preparation's
+        child(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    else:
+        sys.path.insert(0, ROOT)
+        import settings as settings_module
+        settings_module.main(main)

@@ -1,0 +1,53 @@
+"""Loss on held-out dialogues with weights in 16, 8 and 4 bits: python bench/quantized_loss.py CHECKPOINT [data_path=data/train.txt].
+
+A JSON line for each precision goes to bench/results.jsonl.
+"""
+
+import argparse
+import copy
+import json
+import os
+import sys
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import checkpoint
+import data
+import settings as settings_module
+from quantize import quantize
+from settings import TrainSettings
+
+
+@torch.inference_mode()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("override", nargs="*", help="data_path=…")
+    parser.add_argument("--rows", type=int, default=24, help="packed rows to score; the 4-bit kernel is slow at many")
+    options = parser.parse_args()
+    model, tokenizer, meta = checkpoint.load_model(options.checkpoint)
+    trained = settings_module.build(TrainSettings, meta["settings"] | settings_module.overrides(options.override))
+    store = data.prepare(trained, tokenizer if trained.tokenizer != "char" else None)
+    rows = data.Epoch(data.Documents(store, "val"), model.config.block_size, 0, 0)
+    first = None
+    for kind in ("float32", "bfloat16", "int8", "int4"):
+        other = copy.deepcopy(model).requires_grad_(False).to(torch.float32 if kind == "float32" else torch.bfloat16)
+        if kind in ("int8", "int4"):
+            quantize(other, kind)
+        nats = count = 0
+        for row in range(0, min(options.rows, len(rows)), 8):
+            inputs, targets, numbers = map(torch.from_numpy, rows.batch(row, row + 8))
+            logits = other.logits(other.hidden(inputs, numbers))
+            nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=data.IGNORE, reduction="sum").item()
+            count += (targets != data.IGNORE).sum().item()
+        first = first or nats / count
+        print(f"{kind:<10} {nats / count:.4f} nats a token, {nats / count / first - 1:+.2%}", flush=True)
+        row = dict(bench="quantized_loss", weights=kind, loss=nats / count, tokens=count, width=model.config.n_embd)
+        with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "results.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    settings_module.main(main)

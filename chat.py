@@ -1,0 +1,380 @@
+"""Talk with a checkpoint, at a terminal or through a pipe: python chat.py CONFIG|CHECKPOINT [key=value …]."""
+
+import dataclasses
+import difflib
+import glob
+import json
+import os
+import signal
+import sys
+import time
+import unicodedata
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import data
+import runtime as rt
+import settings as settings_module
+from model import GPT, KVCache, Sampling, generate, most_informative
+from quantize import quantize
+from settings import ChatSettings, UserError
+from tokenizer import PAD, SEP, UNK
+
+HELP = """\
+/help            this
+/set             the sampling keys and their values
+/set KEY VALUE   another value, from the next reply on
+/retry           another reply to what you said last
+/undo            takes back what you said last, and the reply
+/save FILE       writes the conversation: .jsonl as messages, anything else an utterance a line
+/load FILE       goes on from such a file
+/stats           speed, time to the first token, context used
+flush            forgets the conversation
+exit             leaves, as Ctrl-D does; Ctrl-C stops a reply"""
+SAMPLING = [field.name for field in dataclasses.fields(Sampling) if field.name in ChatSettings.__dataclass_fields__]
+ADJUSTABLE = [*SAMPLING, "best_of", "mmi_weight", "seed"]
+
+
+def banned(tokenizer, vocab_size):
+    """Ids that are never said: <unk>, what breaks a line or moves a terminal's cursor, a classifier's <start> and <extract>."""
+    harmful = lambda piece: any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in piece.decode("utf-8", "ignore"))
+    return (*(i for i, piece in enumerate(tokenizer.pieces) if i == UNK or i > PAD and harmful(piece)), *range(tokenizer.size, vocab_size))
+
+
+class Conversation:
+    """What was said so far, and the one cache of keys and values that grows with it.
+
+    `utterances` are (text, ids), the person's and the model's in turn. The model sees them from `first` on, each closed
+    by `<sep>`. `notice` is called with a line when the person should know something.
+    """
+
+    def __init__(self, model, tokenizer, settings, notice=lambda line: None):
+        self.model, self.tokenizer, self.settings, self.notice = model, tokenizer, settings, notice
+        weight = model.embedding.weight
+        self.cache = KVCache(model.config, 1, model.config.block_size, weight.device, weight.dtype)
+        self.cached = []  # the ids that the cache was filled with
+        self.computed = 0  # positions that went through the model
+        self.attempts = 0  # replies so far: each draws other random numbers
+        self.interrupted = False  # set it at any time to stop a reply after the token that is being made
+        self.tokens, self.seconds, self.first_seconds = 0, 0.0, 0.0  # of the last reply
+        self.banned = banned(tokenizer, model.config.vocab_size)
+        self.flush()
+
+    def flush(self):
+        self.utterances, self.first = [], 0
+
+    def hear(self, text):
+        """The next utterance; its newlines are spaces, for a newline would end it."""
+        text = " ".join(text.encode("utf-8", "replace").decode().splitlines())  # a shell may pass what is not UTF-8
+        self.utterances.append((text, self.tokenizer.encode(text).tolist()))
+
+    def forget(self, count):
+        """Takes back the last `count` utterances."""
+        del self.utterances[len(self.utterances) - count:]
+        if self.first >= len(self.utterances):
+            self.first = 0
+
+    def used(self):
+        """Positions of the context that are taken."""
+        return sum(len(ids) + 1 for _, ids in self.utterances[self.first:])
+
+    def context(self):
+        """The ids that the next reply goes on from, with room left for it. Where there is none the oldest whole turns
+        are dropped until half is free, for after that all the rest must be computed anew."""
+        size = self.model.config.block_size
+        room = size - min(self.settings.max_new_tokens, size // 2)
+        if self.used() > room:
+            while self.first + 2 < len(self.utterances) and self.used() > room // 2:
+                self.first += 2
+        ids = [i for _, utterance in self.utterances[self.first:] for i in (*utterance, SEP)]
+        if len(ids) > room:
+            self.notice(f"(too long for the context: only the last {room - 1} of {len(ids) - 1} tokens are seen)")
+        return ids[-room:]
+
+    def reply(self):
+        """Yields the model's next utterance as text, piece by piece, whole characters only."""
+        begin, self.interrupted = time.perf_counter(), False
+        context, ids, pieces = self.context(), [], []
+        same = next((n for n, (a, b) in enumerate(zip(self.cached, context)) if a != b), min(len(self.cached), len(context)))
+        self.cache.length = before = min(same, self.cache.length, len(context) - 1)
+        new = context[before:]
+        settings, device = self.settings, self.model.embedding.weight.device
+        sampling = Sampling(min_new_tokens=1, banned=self.banned, **{name: getattr(settings, name) for name in SAMPLING})
+        generator = torch.Generator(device)
+        if settings.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed((settings.seed * 1_000_003 + self.attempts) % 2**63)
+        self.attempts += 1
+
+        def said():
+            for i in self._best(new, sampling, generator) if settings.best_of > 1 else self._next(new, sampling, generator):
+                if not ids:
+                    self.first_seconds = time.perf_counter() - begin
+                if i in (SEP, PAD):
+                    return
+                ids.append(i)
+                yield i
+        try:
+            for piece in self.tokenizer.decode_stream(said()):
+                pieces.append(piece)
+                yield piece
+        finally:  # also when nobody listens any more: what was said stays
+            self.tokens, self.seconds = len(ids), time.perf_counter() - begin
+            self.computed += self.cache.length - before
+            self.cached = context + ids
+            if ids:
+                self.utterances.append(("".join(pieces), ids))
+            else:  # stopped before a word
+                self.forget(1)
+
+    def _next(self, new, sampling, generator):
+        for row in generate(self.model, [new], sampling, (SEP, PAD), self.cache, generator):
+            yield int(row)
+            if self.interrupted:
+                return
+
+    def _best(self, new, sampling, generator):
+        """Ids of the best of several replies: likely in this conversation but not by itself (Li et al. 2016)."""
+        settings, count, device = self.settings, self.settings.best_of, self.cache.start.device
+        if new[:-1]:
+            with torch.inference_mode():
+                self.model.hidden(torch.tensor([new[:-1]], device=device), cache=self.cache)
+        branch, scores, rows = self.cache.branch(count), torch.zeros(count, device=device), []
+        for row in generate(self.model, [new[-1:]] * count, sampling, (SEP, PAD), branch, generator, scores):
+            rows.append(row.tolist())
+            if self.interrupted:
+                break
+        replies = [[i for i in reply if i >= 0] for reply in zip(*rows)]
+        best = most_informative(self.model, replies, scores, settings.mmi_weight, SEP)
+        self.cache.adopt(branch, best)
+        yield from replies[best]
+
+
+def main():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while loading: leave at once, without a traceback
+    parser = settings_module.parser(ChatSettings, "python chat.py CONFIG|CHECKPOINT [key=value …] [--prompt TEXT]")
+    parser.add_argument("config", help="YAML file, a checkpoint, or a folder of checkpoints")
+    parser.add_argument("override", nargs="*", help="key=value")
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this and stop")
+    options = parser.parse_args()
+    values = {"resume_from": options.config}
+    if options.config.endswith((".yaml", ".yml")):
+        values = settings_module.read_yaml(options.config)
+    settings = settings_module.build(ChatSettings, values | settings_module.overrides(options.override))
+    if options.prompt is not None and not options.prompt.strip():
+        raise UserError("--prompt is empty; give it something to answer")
+    path = find_checkpoint(settings)
+    model, tokenizer = load(path, settings)
+    conversation = Conversation(model, tokenizer, settings, lambda line: print(line, file=sys.stderr, flush=True))
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    if options.prompt is not None:
+        answer(conversation, options.prompt)
+    elif sys.stdin.isatty() and sys.stdout.isatty():
+        terminal(conversation, path)
+    else:
+        pipe(conversation)
+
+
+def find_checkpoint(settings):
+    """The path that `resume_from` means; where there is none, an error that names the command that makes one."""
+    path = settings.resume_from
+    if path is None:
+        raise UserError("resume_from is empty; name a checkpoint: python chat.py checkpoints/demo/best.pth")
+    if path == "auto" or os.path.isdir(path):
+        folder = settings.checkpoint_root if path == "auto" else path
+        path = os.path.join(folder, "best.pth")
+        if not os.path.isfile(path) and (saved := checkpoint.numbered(folder)):
+            path = saved[0][1]
+    if os.path.isfile(path):
+        return path
+    if "pretrained" in path:
+        raise UserError(f"{path} does not exist; this downloads it: python data.py download pretrained")
+    folder = os.path.normpath(os.path.dirname(path) or ".")
+    configs = sorted(glob.glob("config/*.yaml"))
+    makes = [(c, values) for c in configs for values in [settings_module.read_yaml(c)]
+             if os.path.normpath(values.get("checkpoint_root") or "checkpoints") == folder] or [("config/demo.yaml", {})]
+    script = "sentimentalTrain.py" if "sentimental_data_path" in makes[0][1] else "train.py"
+    raise UserError(f"{path} does not exist; this makes one: python {script} {makes[0][0]}")
+
+
+def load(path, settings):
+    """(model, tokenizer) of a checkpoint, on the device and in the precision that the settings ask for."""
+    runtime = rt.start(settings)
+    model, tokenizer, _ = checkpoint.load_model(path, corpus=settings.data_path)
+    model.requires_grad_(False)
+    bytes_of = lambda parameter: parameter.numel() * parameter.element_size()
+    with tqdm(total=sum(map(bytes_of, model.parameters())), unit="B", unit_scale=True, desc=f"loading {path}", disable=None,
+              leave=False) as bar:
+        for parameter in model.parameters():
+            bar.update(bytes_of(parameter))
+            parameter.data = parameter.data.to(runtime.device, runtime.dtype)
+    if settings.quantize:
+        linears = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
+        with tqdm(total=linears, desc=f"quantizing to {settings.quantize}", disable=None, leave=False) as bar:
+            quantize(model, settings.quantize, bar.update)
+    return model, tokenizer
+
+
+def answer(conversation, text):
+    """One utterance in, one line out."""
+    conversation.hear(text)
+    print("".join(conversation.reply()), flush=True)
+
+
+def pipe(conversation):
+    """A line in, a line out. `exit` and `flush` are the terminal's; an empty line, which ends a dialogue in a corpus, ends
+    it here too and is answered by an empty line."""
+    sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")
+    for line in sys.stdin:
+        text = line.strip()
+        if text == "exit":
+            return
+        if text in ("", "flush"):
+            conversation.flush()
+        if not text:
+            print(flush=True)
+        elif text != "flush":
+            answer(conversation, text)
+
+
+def terminal(conversation, path):
+    """Prompt, commands, and replies as they come."""
+    from prompt_toolkit import PromptSession, print_formatted_text
+    from prompt_toolkit.formatted_text import FormattedText
+    config = conversation.model.config
+    with torch.device("meta"):
+        parameters = GPT(config).count_parameters()  # quantized weights are none
+    print(f"{path}: {config.arch}, {parameters / 1e6:.1f}M parameters, "
+          f"vocabulary {conversation.tokenizer.size}, context {config.block_size}\n/help lists the commands; exit leaves")
+    session = PromptSession([("ansigreen bold", "> ")], history=line_history(conversation.settings.history_path),
+                            bottom_toolbar=lambda: status(conversation, path))
+    signal.signal(signal.SIGINT, lambda *_: setattr(conversation, "interrupted", True))  # the prompt has its own meanwhile
+    conversation.notice = lambda line: print_formatted_text(FormattedText([("ansiyellow", line)]))
+    while True:
+        try:
+            text = session.prompt().strip()
+        except KeyboardInterrupt:
+            conversation.notice("(exit or Ctrl-D leaves)")
+            continue
+        except EOFError:
+            return
+        try:
+            if text == "exit":
+                return
+            if text == "flush":
+                conversation.flush()
+                conversation.notice("(forgotten)")
+            elif text.startswith("/"):
+                command(conversation, text)
+            elif text:
+                conversation.hear(text)
+                speak(conversation)
+        except UserError as error:
+            conversation.notice(str(error))
+
+
+def line_history(path):
+    """Lines typed before, from a file; without one, or where it cannot be written, for this time only."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+    if path is None:
+        return InMemoryHistory()
+    path = os.path.expanduser(path)
+    try:
+        with open(path, "a"):
+            return FileHistory(path)
+    except OSError as error:
+        print(f"history_path={path} cannot be written ({error.strerror}): what you type will not be remembered", file=sys.stderr)
+        return InMemoryHistory()
+
+
+def status(conversation, path):
+    speed = f"{conversation.tokens / conversation.seconds:.0f} tokens/s" if conversation.seconds else "no reply yet"
+    return f" {path} · context {conversation.used()}/{conversation.model.config.block_size} · {speed} "
+
+
+def speak(conversation):
+    """Prints the reply as it comes, until it ends or Ctrl-C stops it."""
+    for piece in conversation.reply():
+        print(piece, end="", flush=True)
+    print()
+    if conversation.interrupted:
+        conversation.notice("(stopped)")
+
+
+def command(conversation, text):
+    """Does what a line that begins with / says."""
+    name, _, rest = text.partition(" ")
+    rest = rest.strip()
+    if name in ("/retry", "/undo", "/save") and not conversation.utterances:
+        raise UserError("nothing was said yet")
+    if name in ("/save", "/load") and not rest:
+        raise UserError(f"{name} FILE: which file?")
+    if name == "/help":
+        print(HELP)
+    elif name == "/set":
+        change(conversation, rest)
+    elif name == "/retry":
+        if len(conversation.utterances) % 2 == 0:
+            conversation.forget(1)
+        speak(conversation)
+    elif name == "/undo":
+        conversation.forget(2 - len(conversation.utterances) % 2)
+        conversation.notice(f"(turns left: {len(conversation.utterances) // 2})")
+    elif name == "/save":
+        save(conversation, os.path.expanduser(rest))
+    elif name == "/load":
+        load_conversation(conversation, os.path.expanduser(rest))
+    elif name == "/stats":
+        speed = conversation.tokens / conversation.seconds if conversation.seconds else 0.0
+        print(f"last reply: {conversation.tokens} tokens, {speed:.1f} tokens/s, first token after {conversation.first_seconds:.3f} s\n"
+              f"context: {conversation.used()} of {conversation.model.config.block_size} used, "
+              f"turns: {len(conversation.utterances) // 2}, dropped: {conversation.first // 2}")
+    else:
+        raise UserError(f"{name} is no command; /help lists them")
+
+
+def change(conversation, rest):
+    """/set: shows the values, or changes one."""
+    name, _, value = rest.partition(" ")
+    if name:
+        if name not in ADJUSTABLE:
+            near = difflib.get_close_matches(name, ADJUSTABLE, n=1, cutoff=0)[0]
+            raise UserError(f"{name} cannot be set; did you mean {near}? The keys: {', '.join(ADJUSTABLE)}")
+        values = dataclasses.asdict(conversation.settings) | {name: value.removeprefix("=").strip()}
+        conversation.settings = settings_module.build(ChatSettings, values)
+        conversation.attempts = 0 if name == "seed" else conversation.attempts
+    print("  ".join(f"{key}={getattr(conversation.settings, key)}" for key in ([name] if name else ADJUSTABLE)))
+
+
+def save(conversation, path):
+    texts = [text.strip() or "…" for text, _ in conversation.utterances]  # an empty line would end the dialogue
+    content = "\n".join(texts)
+    if path.endswith(".jsonl"):
+        turns = [dict(role=("user", "assistant")[n % 2], content=text) for n, text in enumerate(texts)]
+        content = json.dumps({"messages": turns}, ensure_ascii=False)
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(content + "\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}")
+    conversation.notice(f"({len(texts)} utterances written to {path})")
+
+
+def load_conversation(conversation, path):
+    if not os.path.isfile(path):
+        raise UserError(f"there is no file {path}")
+    dialogue = next(data.read_dialogues(path), None)
+    if dialogue is None:
+        raise UserError(f"{path} holds no conversation")
+    conversation.flush()
+    for text in dialogue.split("\n"):
+        conversation.hear(text)
+    asked = "; /retry answers the last one" if len(conversation.utterances) % 2 else ""
+    conversation.notice(f"({len(conversation.utterances)} utterances read from {path}{asked})")
+
+
+if __name__ == "__main__":
+    settings_module.main(main)

@@ -1,0 +1,325 @@
+"""Checkpoints: one file that holds all that chat, fine-tuning and going on need; and the original's files, read as such.
+
+    python checkpoint.py convert IN.pth --corpus data/train.txt OUT.pth
+"""
+
+import argparse
+import dataclasses
+import glob
+import os
+import pickle
+import re
+import shutil
+import struct
+import sys
+import tempfile
+import time
+import uuid
+
+import torch
+import torch.nn.functional as F
+
+import settings as settings_module
+import tokenizer as tokenizer_module
+from model import GPT, GPTConfig
+from settings import UserError
+from tokenizer import PAD, CharTokenizer
+
+FORMAT = 1
+CHECKED = 4000  # characters of the corpus that check_vocabulary reads
+SURPRISE = 2.0  # nats a character over what a model expects: its own corpus gives about 0, a permuted vocabulary 4 or 5
+ABANDONED = 3600  # seconds without a write after which a half-written file belongs to nobody
+
+# Names in the original's state_dict -> ours, applied in this order.
+RENAMED = (
+    ("_orig_mod.", ""), ("module.", ""), ("transformer.wte.", "embedding."), ("transformer.wpe.", "positions."),
+    ("transformer.h.", "blocks."), ("transformer.ln_f.", "norm."), ("lm_head.", "head."), (".ln1.", ".norm1."), (".ln2.", ".norm2."),
+    (".attention.W_", ".attention."), (".ffn.dense1.", ".mlp.up."), (".ffn.", ".mlp."), (".out_net.", ".out."))
+
+
+def make_folder(folder):
+    """Makes the folder that checkpoints will be written to, or says now, not at the first of them, that it cannot be."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"checkpoint_root={folder} cannot be written ({error.strerror}); name another folder")
+
+
+def save(folder, step, content, keep=2):
+    """Writes `content` as folder/cpt{step}.pth, makes last.pth that file too, and prunes; returns its path.
+
+    The file is complete under its name or not there at all. `keep` files stay beside those two.
+    """
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, f"cpt{step}.pth")
+    write(path, content)
+    name_also(path, "last.pth")
+    for _, old in numbered(folder)[keep + 1:]:  # the newest is last.pth
+        os.unlink(old)
+    for old in glob.glob(os.path.join(glob.escape(folder), ".saving-*")):  # of runs that were killed while they saved
+        if time.time() - os.path.getmtime(old) > ABANDONED:
+            os.unlink(old)
+    return path
+
+
+def write(path, content):
+    """Writes `content` as the checkpoint file `path`, which is complete or not there at all."""
+    temporary = _beside(path)
+    try:
+        with open(temporary, "xb") as file:
+            torch.save({"format": FORMAT} | content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+
+
+def _beside(path):
+    """A name in the folder of `path` that no other process uses, of this run or of a killed one."""
+    return os.path.join(os.path.dirname(path), f".saving-{uuid.uuid4().hex}")
+
+
+def name_also(path, name):
+    """Gives the checkpoint `path` a second name in its folder, best.pth say; it outlives the pruning of the first.
+
+    `name` may lead out of the folder: "../best.pth".
+    """
+    temporary = _beside(path)
+    try:
+        os.link(path, temporary)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, os.path.join(os.path.dirname(path), name))
+    if os.path.exists(temporary):  # replacing a link by a link to the same file does nothing
+        os.unlink(temporary)
+
+
+def numbered(folder):
+    """[(step, path)] of a folder's cpt{step}.pth, newest first."""
+    paths = glob.glob(os.path.join(glob.escape(folder), "cpt*.pth"))
+    matches = [(re.search(r"cpt(\d+)\.pth$", path), path) for path in paths]
+    return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
+
+
+def set_aside(folder):
+    """Moves an earlier run's checkpoints out of the way of a new one; returns where to, or None if there were none."""
+    names = [name for name in os.listdir(folder) if name.endswith(".pth")] if os.path.isdir(folder) else []
+    if not names:
+        return None
+    target = os.path.join(folder, time.strftime("before-%Y%m%d-%H%M%S"))
+    while os.path.exists(target):  # two within a second
+        target += "+"
+    os.makedirs(target)
+    for name in names:
+        os.rename(os.path.join(folder, name), os.path.join(target, name))
+    return target
+
+
+def load(path):
+    """What torch.save wrote to a file, on the CPU; a UserError if there is none, or it is damaged or needs code to be run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; train one (python train.py config/demo.yaml) or name another checkpoint")
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} is refused: it is damaged, or it would run code of its own on loading")
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError, struct.error) as error:
+        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+
+
+def read(path, corpus=None):
+    """The content of a checkpoint file, a dict. One of the original's becomes one of this program: its vocabulary is
+    rebuilt from `corpus`, the text that it was trained on."""
+    content = load(path)
+    if is_original(content):
+        return from_original(content, path, corpus)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this program (format {FORMAT})")
+    return content
+
+
+def newest(folder, corpus=None):
+    """(path, content) of the newest readable checkpoint in `folder`, or (None, None); warns of unreadable ones."""
+    for _, path in numbered(folder):
+        try:
+            return path, read(path, corpus)
+        except UserError as error:
+            print(f"warning: {error}; taking the one before", file=sys.stderr)
+    return None, None
+
+
+def unpack(content, path):
+    """(model in evaluation mode on the CPU, tokenizer) of a checkpoint's content."""
+    try:
+        with torch.device("meta"):  # no time spent on random weights
+            model = GPT(GPTConfig(**content["config"]))
+        model.load_state_dict(content["model"], assign=True)
+        tokenizer = tokenizer_module.from_state(content["tokenizer"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged or was changed: {str(error).splitlines()[0]}")
+    if model.config.tied:
+        model.head.weight = model.embedding.weight
+    return model.eval(), tokenizer
+
+
+def load_model(path, device="cpu", corpus=None):
+    """(model, tokenizer, meta) of a checkpoint file: the one way in for chat, fine-tuning, export and other programs.
+
+    `meta` holds the rest: config, progress, settings, metrics. The model is in evaluation mode on `device`. `corpus`
+    is looked at for the original's files alone, whose vocabulary is in the text that they were trained on.
+    """
+    content = read(path, corpus)
+    model, tokenizer = unpack(content, path)
+    meta = {key: value for key, value in content.items() if key not in ("model", "tokenizer", "optimizer", "scaler")}
+    return model.to(device), tokenizer, meta
+
+
+def describe(model, tokenizer):
+    """What a checkpoint must say of a model and its tokenizer to be enough by itself."""
+    return dict(model=model.state_dict(), config=dataclasses.asdict(model.config), tokenizer=tokenizer.state())
+
+
+# The original's files
+
+def is_original(content):
+    """Whether a loaded file is one that the original wrote."""
+    return isinstance(content, dict) and {"state_dict", "global_step", "n_layer"} <= content.keys()
+
+
+def from_original(content, path, corpus):
+    """The original's checkpoint as one of this program: weights, vocabulary, step, and AdamW's state if it is there."""
+    if corpus is None:
+        raise UserError(f"{path} is one of the original's files, whose vocabulary is in the corpus it was trained on: name that by "
+                        f"data_path=…, or convert the file once: python checkpoint.py convert {path} --corpus data/train.txt OUT.pth")
+    try:
+        shape = {name: content[name] for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "bias")}
+        weights = {_our_name(name): tensor for name, tensor in content["state_dict"].items() if not name.endswith(".mask")}
+        tied = torch.equal(weights.setdefault("head.weight", weights["embedding.weight"]), weights["embedding.weight"])
+        config = GPTConfig(arch="gpt2", tied=tied, **shape)
+        weights |= {name: _padded(weights[name], config.rows) for name in ("embedding.weight", "head.weight")}
+        optimizer = _optimizer_state(content, config)
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        raise UserError(f"{path} looks like one of the original's files but is not complete: {error!r}")
+    tokenizer = original_vocabulary(corpus, config.vocab_size, path)
+    progress = dict(step=content["global_step"], epoch=content.get("global_epoch", 0), store=None)
+    ours = dict(format=FORMAT, model=weights, config=dataclasses.asdict(config), tokenizer=tokenizer.state(), optimizer=optimizer,
+                progress=progress, settings=dict(data_path=content.get("dataset")), metrics={})
+    check_vocabulary(unpack(ours, path)[0], tokenizer, corpus, path)
+    return ours
+
+
+def _our_name(name):
+    for old, new in RENAMED:
+        name = name.replace(old, new)
+    return name
+
+
+def _padded(tensor, rows):
+    """(V, C) with rows of zeros up to `rows`: the loss masks them and nothing looks them up, so they stay zero."""
+    return F.pad(tensor, (0, 0, 0, rows - len(tensor)))
+
+
+def _optimizer_state(content, config):
+    """[AdamW's state_dict] with its parameters in our order, or None: matrices in one group, vectors in the next, as there."""
+    saved = content.get("optimizer")
+    if not saved or not saved["state"]:
+        return None
+    theirs = {_our_name(name): tensor.dim() for name, tensor in content["state_dict"].items()
+              if not name.endswith((".mask", "lm_head.weight"))}
+    ids = [i for group in saved["param_groups"] for i in group["params"]]
+    id_of = dict(zip(sorted(theirs, key=lambda name: theirs[name] < 2), ids, strict=True))  # a stable sort: matrices first
+    with torch.device("meta"):
+        ours = {name: parameter.dim() for name, parameter in GPT(config).named_parameters()}
+    names = sorted(ours, key=lambda name: ours[name] < 2)
+    state = {i: dict(saved["state"][id_of[name]]) for i, name in enumerate(names)}
+    for moment in ("exp_avg", "exp_avg_sq"):
+        state[0][moment] = _padded(state[0][moment], config.rows)  # the embedding
+    matrices = sum(dim == 2 for dim in ours.values())
+    groups = [dict(saved["param_groups"][0], fused=True, params=list(range(matrices))),
+              dict(saved["param_groups"][-1], fused=True, params=list(range(matrices, len(names))))]
+    return [dict(state=state, param_groups=groups)]
+
+
+def original_vocabulary(corpus, vocab_size, path):
+    """The original's vocabulary: every character of the whole corpus file but the newline, most frequent first."""
+    sizes = {}
+    for encoding in ("utf-8", "utf-8-sig"):  # the original counted a byte-order mark as a character
+        with _open_corpus(corpus, encoding) as file:
+            tokenizer = CharTokenizer.train(_blocks(file, corpus))
+        if tokenizer.size == vocab_size:
+            return tokenizer
+        sizes[tokenizer.size] = encoding
+    raise UserError(f"{corpus} is not what {path} was trained on: it gives a vocabulary of {min(sizes)}, the file has {vocab_size}; "
+                    "name the corpus that the file was trained on, unchanged")
+
+
+def _open_corpus(corpus, encoding="utf-8-sig"):
+    try:
+        return open(corpus, encoding=encoding)
+    except OSError as error:
+        raise UserError(f"the corpus {corpus} cannot be read: {error.strerror}; it holds the vocabulary of the original's file")
+
+
+def _blocks(file, corpus):
+    """The text of an open file, a million characters at a time."""
+    try:
+        while text := file.read(1 << 20):
+            yield text
+    except UnicodeDecodeError as error:
+        raise UserError(f"{corpus} is not UTF-8 ({error.reason})")
+
+
+@torch.inference_mode()
+def check_vocabulary(model, tokenizer, corpus, path):
+    """Refuses a corpus of the right vocabulary size in another order.
+
+    A model knows how uncertain it is: on its own corpus the mean loss is close to the mean entropy of its predictions,
+    whether it has learned much or little. With the ids of other characters it is sure of what does not come.
+    """
+    with _open_corpus(corpus) as file:
+        dialogues = [text for text in file.read(CHECKED).split("\n\n") if text.strip("\n")]
+    loss = entropy = count = 0
+    for dialogue in dialogues:
+        ids = torch.tensor([*tokenizer.encode(dialogue.strip("\n")).tolist(), PAD])[:model.config.block_size + 1]
+        scores = model.logits(model.hidden(ids[None, :-1]))[0].log_softmax(dim=-1)  # (T, V)
+        loss -= scores.gather(1, ids[1:, None]).sum().item()
+        entropy -= (scores.exp() * scores).sum().item()
+        count += len(ids) - 1
+    if not count:
+        raise UserError(f"{corpus} holds no dialogue in its first {CHECKED} characters")
+    if (loss - entropy) / count > SURPRISE:
+        raise UserError(f"{corpus} is not what {path} was trained on: it has as many different characters, but the model, which expects "
+                        f"{entropy / count:.1f} nats a character, reads it with {loss / count:.1f}; so its characters are in another order")
+
+
+def convert(source, corpus, target):
+    """Writes the original's file `source` as a checkpoint that is enough by itself."""
+    if os.path.exists(target):
+        raise UserError(f"{target} exists; name another file, or remove it first")
+    content = load(source)
+    if not is_original(content):
+        raise UserError(f"{source} is none of the original's files: a checkpoint of this program needs no corpus and no conversion")
+    content = from_original(content, source, corpus)
+    os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
+    write(target, content)
+    model, tokenizer = unpack(content, target)
+    print(f"{target}: step {content['progress']['step']}, {model.count_parameters() / 1e6:.1f}M parameters, vocabulary of "
+          f"{tokenizer.size}{', with the state of the optimizer' if content['optimizer'] else ''}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Make a checkpoint of the original self-contained: with its vocabulary in it.")
+    parser.add_argument("command", choices=["convert"])
+    parser.add_argument("source", help="the original's file, cpt90M.pth say")
+    parser.add_argument("target", help="the file to write")
+    parser.add_argument("--corpus", required=True, help="the text it was trained on: its vocabulary")
+    options = parser.parse_args()
+    convert(options.source, options.corpus, options.target)
+
+
+if __name__ == "__main__":
+    settings_module.main(main)

@@ -1,0 +1,326 @@
+"""Corpora to batches: readers, the token store on disk, packing into rows, and their order in an epoch.
+
+Positions and targets. A dialogue of n tokens (its last one is `<pad>`, the end) has n - 1 positions: input i predicts
+token i + 1. Positions that are mere filling have the target -100 and the document number -1.
+"""
+
+import glob
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+import settings as settings_module
+import tokenizer as tokenizer_module
+from settings import TrainSettings, UserError
+from tokenizer import PAD, SEP
+
+STORE_FORMAT = 2
+CHUNK = 1 << 18  # characters encoded at once
+IGNORE = -100  # target of a position that is not scored
+
+
+# Readers: a corpus is an iterator of dialogues, a dialogue is its utterances joined by newlines.
+
+def read_dialogues(path, bar=None):
+    """Yields each dialogue of a .txt or .jsonl corpus; never holds more than one. `bar` is told of the bytes read."""
+    reader = _read_jsonl if path.endswith((".jsonl", ".json")) else _read_text
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            done = 0
+            for number, dialogue in enumerate(reader(file, path)):
+                yield dialogue
+                if bar is not None and number % 1000 == 0:
+                    bar.update(-done + (done := file.buffer.tell()))
+            if bar is not None:
+                bar.update(-done + file.buffer.tell())
+    except FileNotFoundError:
+        raise UserError(f"data_path={path} does not exist; put a text file there, an utterance a line and an empty line "
+                        "between dialogues (data/sample_dialogues.txt is one), or fetch one: python data.py download chat")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error.reason} near byte {error.start} of a block); "
+                        f"convert it: iconv -f GB18030 -t UTF-8 {path} > utf8.txt")
+    except OSError as error:
+        raise UserError(f"data_path={path} cannot be read: {error.strerror}")
+
+
+def _read_text(file, path):
+    for blank, lines in itertools.groupby(file, str.isspace):
+        if not blank:
+            yield "".join(lines).removesuffix("\n")
+
+
+def _read_jsonl(file, path):
+    for number, line in enumerate(file, 1):
+        if line.isspace():
+            continue
+        try:
+            entry = json.loads(line)
+            turns = entry["messages"] if "messages" in entry else entry["conversations"]
+            pairs = [(turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) for turn in turns]
+            utterances = [" ".join(text.split("\n")).strip() for role, text in pairs if role != "system"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f'{path}, line {number}: expected {{"messages": [{{"role": …, "content": …}}, …]}} '
+                            'or {"conversations": [{"from": …, "value": …}, …]}')
+        utterances = [text.encode("utf-8", "replace").decode() for text in utterances if text]  # half a surrogate pair is no character
+        if utterances:
+            yield "\n".join(utterances)
+
+
+def chunks(dialogues, characters=CHUNK):
+    """Groups of dialogues of about so many characters together."""
+    group, size = [], 0
+    for dialogue in dialogues:
+        group.append(dialogue)
+        size += len(dialogue)
+        if size >= characters:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+# The token store
+
+def file_sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def split_mask(count, train_percent, seed):
+    """(count,) bool, True for the training part: one seeded shuffle, then a cut. Both parts get at least one."""
+    training = min(max(1, round(count * train_percent)), max(1, count - 1)) if train_percent < 1 else count
+    mask = np.zeros(count, dtype=bool)
+    mask[np.random.default_rng(seed).permutation(count)[:training]] = True
+    return mask
+
+
+def prepare(settings, tokenizer=None):
+    """The token store of `settings.data_path`, made if it is not there: its folder in .cache beside the corpus.
+
+    `tokenizer` is one to use; without it settings.tokenizer names one or the kind to train on the training part.
+    """
+    path = settings.data_path
+    if path is None:
+        raise UserError("data_path is not set; name a corpus, for example data_path=data/sample_dialogues.txt")
+    for _ in read_dialogues(path):
+        break
+    else:
+        raise UserError(f"{path} holds no dialogue")
+    if tokenizer is None and settings.tokenizer not in ("char", "bpe"):
+        tokenizer = tokenizer_module.load(settings.tokenizer)
+    corpus = dict(format=STORE_FORMAT, corpus=file_sha256(path), train_percent=settings.train_percent, seed=settings.seed)
+    trained = corpus | dict(tokenizer=settings.tokenizer, vocab_size=settings.vocab_size, min_freq=settings.min_freq)
+    cache = os.path.join(os.path.dirname(path) or ".", ".cache")
+    name = os.path.splitext(os.path.basename(path))[0]
+    folder = os.path.join(cache, f"{name}-{_digest(trained)}")
+    if tokenizer is not None and not (os.path.exists(os.path.join(folder, "manifest.json")) and
+                                      identity(folder) == _identity(corpus, tokenizer)):  # a checkpoint's is usually the trained one
+        folder = os.path.join(cache, f"{name}-{_identity(corpus, tokenizer)}")
+    if os.path.exists(os.path.join(folder, "manifest.json")):
+        return folder
+    try:
+        os.makedirs(cache, exist_ok=True)
+        for left in glob.glob(os.path.join(glob.escape(cache), ".making-*")):  # by a process that was killed
+            if time.time() - max(os.path.getmtime(path) for path in [left, *glob.glob(glob.escape(left) + "/*")]) > 3600:
+                shutil.rmtree(left, ignore_errors=True)
+        work = tempfile.mkdtemp(prefix=".making-", dir=cache)
+    except OSError as error:
+        raise UserError(f"{cache} cannot be written ({error.strerror}); the token store of {path} goes there")
+    try:
+        _write_store(work, path, settings, tokenizer, corpus)
+        try:
+            os.rename(work, folder)  # atomic: a store is whole or not there
+        except OSError:  # another process was faster
+            if not os.path.exists(os.path.join(folder, "manifest.json")):
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def _digest(mapping):
+    return hashlib.sha256(json.dumps(mapping, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _identity(corpus, tokenizer):
+    return _digest(corpus | dict(tokenizer=tokenizer.state()))
+
+
+def identity(folder):
+    """What a token store holds, as a short hash: stores with the same ids in the same split have the same."""
+    with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:
+        return json.load(file)["identity"]
+
+
+def _write_store(folder, path, settings, tokenizer, corpus):
+    passes = 2 if tokenizer else 3
+    with tqdm(total=passes * os.path.getsize(path), unit="B", unit_scale=True, desc=f"preparing {path}", disable=None) as bar:
+        count = sum(1 for _ in read_dialogues(path, bar))
+        if count < 2 and settings.train_percent < 1:
+            raise UserError(f"{path} holds one dialogue; it takes two to train on one and measure on the other "
+                            "(an empty line separates dialogues)")
+        training = split_mask(count, settings.train_percent, settings.seed)
+        if tokenizer is None:
+            texts = ("\n".join(group) for group in chunks(itertools.compress(read_dialogues(path, bar), training)))
+            tokenizer = tokenizer_module.train(settings.tokenizer, texts, settings.vocab_size, settings.min_freq)
+        lengths = {"train": [], "val": []}
+        files = {part: open(os.path.join(folder, f"{part}.bin"), "wb") for part in lengths}
+        done = 0
+        for group in chunks(read_dialogues(path, bar)):
+            ids, sizes = tokenizer.encode_dialogues(group)
+            in_training = training[done:done + len(group)]
+            for part, mask in (("train", in_training), ("val", ~in_training)):
+                ids[np.repeat(mask, sizes)].tofile(files[part])
+                lengths[part].append(sizes[mask])
+            done += len(group)
+    tokens = {}
+    for part, file in files.items():
+        file.close()
+        offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths[part]))])
+        np.save(os.path.join(folder, f"{part}_offsets.npy"), offsets)
+        tokens[part] = int(offsets[-1])
+    tokenizer.save(os.path.join(folder, "tokenizer.json"))
+    manifest = dict(corpus, identity=_identity(corpus, tokenizer), dialogues=count, tokens=tokens, dtype=np.dtype(tokenizer.dtype).name)
+    with open(os.path.join(folder, "manifest.json"), "w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=1)
+
+
+class Documents:
+    """The dialogues of one part ("train" or "val") of a token store, memory-mapped."""
+
+    def __init__(self, folder, part):
+        with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:
+            dtype = json.load(file)["dtype"]
+        path = os.path.join(folder, f"{part}.bin")
+        self.ids = np.memmap(path, dtype=dtype, mode="r") if os.path.getsize(path) else np.zeros(0, dtype)
+        self.offsets = np.load(os.path.join(folder, f"{part}_offsets.npy"))
+
+
+# Packing
+
+def cut(documents, block_size):
+    """Pieces of at most `block_size` positions: (start (P,), length (P,)) into documents.ids.
+
+    A dialogue that fits is one piece. A longer one is continued: a piece ends at the last `<sep>` that fits, as its
+    last target, and the next begins with that `<sep>` as its first input; so every token but a dialogue's first is a
+    target exactly once. An utterance longer than a row is cut where the row ends.
+    """
+    starts, lengths = documents.offsets[:-1], np.diff(documents.offsets) - 1
+    long = lengths > block_size
+    more_starts, more_lengths = [], []
+    for start, length in zip(starts[long], lengths[long]):
+        ids = documents.ids[start:start + length + 1]
+        while length > block_size:
+            begin = len(ids) - 1 - length
+            separators = np.flatnonzero(ids[begin + 1:begin + block_size + 1] == SEP)
+            piece = separators[-1] + 1 if len(separators) else block_size
+            more_starts.append(start + begin)
+            more_lengths.append(piece)
+            length -= piece
+        more_starts.append(start + len(ids) - 1 - length)
+        more_lengths.append(length)
+    return (np.concatenate([starts[~long], np.array(more_starts, dtype=np.int64)]),
+            np.concatenate([lengths[~long], np.array(more_lengths, dtype=np.int64)]))
+
+
+def pack(lengths, block_size, rng):
+    """Rows of whole pieces: (order (P,), first (R + 1,)); row r holds the pieces order[first[r]:first[r + 1]].
+
+    Each row takes the longest piece left, then again the longest that still fits (best fit decreasing); which of
+    the pieces of one length, and the order of rows, are random.
+    """
+    shuffled = rng.permutation(len(lengths))
+    by_length = shuffled[np.argsort(lengths[shuffled], kind="stable")]
+    ends = np.searchsorted(lengths[by_length], np.arange(block_size + 1), side="right").tolist()  # bucket of length n ends there
+    begins = [0] + ends[:-1]
+    available = sum(1 << n for n in range(1, block_size + 1) if ends[n] > begins[n])  # bit n: pieces of length n are left
+    taken, rows = [], []
+    while available:
+        rows.append(len(taken))
+        space = block_size
+        while fitting := available & ((2 << space) - 1):
+            n = fitting.bit_length() - 1
+            ends[n] -= 1
+            taken.append(ends[n])
+            space -= n
+            if ends[n] == begins[n]:
+                available ^= 1 << n
+    rows = np.array(rows + [len(taken)])
+    order = rng.permutation(len(rows) - 1)
+    sizes = np.diff(rows)[order]
+    first = np.concatenate([[0], np.cumsum(sizes)])
+    moved = np.repeat(rows[:-1][order] - first[:-1], sizes) + np.arange(len(taken))
+    return by_length[np.array(taken, dtype=np.int64)[moved]], first
+
+
+class Epoch:
+    """The packed rows of one pass over `documents`, in an order that (seed, epoch) alone decides."""
+
+    def __init__(self, documents, block_size, seed, epoch):
+        self.documents, self.block_size = documents, block_size
+        self.starts, self.lengths = cut(documents, block_size)
+        order, self.first = pack(self.lengths, block_size, np.random.default_rng([seed, epoch]))
+        self.starts, self.lengths = self.starts[order], self.lengths[order]
+        self.positions = np.concatenate([[0], np.cumsum(self.lengths)])[self.first]  # real positions before each row
+
+    def __len__(self):
+        return len(self.first) - 1
+
+    @property
+    def filling(self):
+        """Share of positions that are mere filling."""
+        return 1 - self.positions[-1] / max(1, len(self) * self.block_size)
+
+    def real_targets(self, begin, end):
+        """How many real targets the rows [begin, end) hold; rows after the last hold none."""
+        return int(self.positions[min(end, len(self))] - self.positions[min(begin, len(self))])
+
+    def batch(self, begin, end):
+        """Rows [begin, end): inputs, targets, document numbers, each (end - begin, block_size) int64."""
+        inputs = np.full((end - begin, self.block_size), PAD, dtype=np.int64)
+        targets = np.full_like(inputs, IGNORE)
+        documents = np.full_like(inputs, -1)
+        first, last = self.first[min(begin, len(self))], self.first[min(end, len(self))]
+        lengths = self.lengths[first:last]
+        flat = np.arange(lengths.sum())
+        before = np.cumsum(lengths) - lengths
+        source = np.repeat(self.starts[first:last] - before, lengths) + flat
+        row_of_piece = np.searchsorted(self.first, np.arange(first, last), side="right") - 1
+        filled_before = self.positions[row_of_piece] - self.positions[min(begin, len(self))]
+        shift = (row_of_piece - begin) * self.block_size - filled_before
+        place = np.repeat(shift, lengths) + flat
+        inputs.flat[place] = self.documents.ids[source]
+        targets.flat[place] = self.documents.ids[source + 1]
+        documents.flat[place] = np.repeat(np.arange(last - first), lengths)
+        return inputs, targets, documents
+
+
+def main():
+    if sys.argv[1:2] == ["download"]:
+        import download
+        return download.main(sys.argv[2:])
+    arguments = settings_module.parser(
+        TrainSettings, "python data.py prepare CONFIG [key=value …]\n       python data.py download chat|sentiment|pretrained|all")
+    arguments.add_argument("command", choices=["prepare"])
+    arguments.add_argument("config")
+    arguments.add_argument("override", nargs="*")
+    options = arguments.parse_args()
+    settings = settings_module.build(
+        TrainSettings, settings_module.read_yaml(options.config) | settings_module.overrides(options.override))
+    folder = prepare(settings)
+    with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:
+        manifest = json.load(file)
+    print(f"{folder}: {manifest['dialogues']} dialogues, {manifest['tokens']['train']} training tokens, "
+          f"{manifest['tokens']['val']} held out, vocabulary of {tokenizer_module.load(os.path.join(folder, 'tokenizer.json')).size}")
+
+
+if __name__ == "__main__":
+    sys.exit(settings_module.main(main))

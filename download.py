@@ -1,0 +1,222 @@
+"""Fetches what the configurations name: the dialogues, the reviews, the published weights.
+
+A file gets its name only when it is whole and right; what is there already is checked, and never overwritten.
+"""
+
+import argparse
+import dataclasses
+import glob
+import hashlib
+import http.client
+import os
+import shutil
+import subprocess
+import sys
+import time
+import typing
+import urllib.error
+import urllib.request
+
+from tqdm import tqdm
+
+from settings import UserError
+
+DRIVE = "https://drive.google.com/uc?id=1nEuew_KNpTMbyy7BO4c8bXMXN351RCPp"
+REVIEWS = "https://raw.githubusercontent.com/SophonPlus/ChineseNlpCorpus/master/datasets/ChnSentiCorp_htl_all/ChnSentiCorp_htl_all.csv"
+REVIEWS_SHA256 = "1d414b9c65caf3a836abdb4efded621968502ad3338e1a9d885ae131c86083f0"  # 2,904,858 bytes
+REPOSITORY = "cjl196/small-gpt"
+
+
+class Failed(Exception):
+    """One try that came to nothing, and why; the next may do better."""
+
+
+class Wrong(Failed):
+    """What came (or lies there) is not the file that it should be."""
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """One file: where it belongs, where it comes from, how it is fetched, and what tells that it is right."""
+
+    path: str
+    address: str
+    fetch: typing.Callable  # (address, temporary, timeout) -> None, or Failed; goes on with what lies at `temporary`
+    check: typing.Callable  # (path) -> None, or Wrong
+
+
+# Ways to fetch
+
+def fetch_http(address, temporary, timeout):
+    """Over HTTP, with a bar, from where an earlier try broke off."""
+    have = os.path.getsize(temporary) if os.path.exists(temporary) else 0
+    request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+            have = have if resumed else 0
+            rest = response.headers.get("Content-Length")
+            total = have + int(rest) if rest else None
+            with open(temporary, "ab" if resumed else "wb") as file, tqdm(
+                    total=total, initial=have, unit="B", unit_scale=True, desc=os.path.basename(address)) as bar:
+                while block := response.read1(1 << 16):
+                    file.write(block)
+                    bar.update(len(block))
+            if total is not None and os.path.getsize(temporary) < total:
+                raise Failed(f"the connection broke off at {os.path.getsize(temporary):,} of {total:,} bytes")
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and have:  # nothing comes after what is there: whole, or another file's; the check tells
+            return
+        raise Failed(f"the server answers {error.code} {error.reason}")
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise Failed(str(getattr(error, "reason", error)) or type(error).__name__)
+
+
+def fetch_drive(address, temporary, timeout):
+    """By gdown, which knows Google Drive's question before large files; ended when nothing comes for `timeout` seconds."""
+    try:
+        import gdown  # noqa: F401
+    except ImportError:
+        raise UserError(f"Google Drive needs gdown: pip install gdown; or open {address} in a browser and put the file where it belongs: "
+                        "data/train.txt")
+    size = lambda: sum(os.path.getsize(path) for path in glob.glob(glob.escape(temporary) + "*"))
+    process = subprocess.Popen([sys.executable, "-m", "gdown", address, "-O", temporary, "--continue"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    seen, since = size(), time.monotonic()
+    words = []
+    with tqdm(initial=seen, unit="B", unit_scale=True, desc="gdown") as bar:
+        try:
+            while process.poll() is None:
+                time.sleep(0.2)
+                if (now := size()) != seen:
+                    bar.update(now - seen)
+                    seen, since = now, time.monotonic()
+                elif time.monotonic() - since > timeout:
+                    raise Failed(f"nothing came for {timeout:g} seconds")
+            words = process.stderr.read().split("\n")
+        finally:
+            process.kill()
+            process.communicate()
+    if process.returncode or not os.path.exists(temporary):
+        lines = [line.strip() for line in words if line.strip()]
+        raise Failed(next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "gdown failed"))
+
+
+def fetch_weights(address, temporary, timeout):
+    """By huggingface_hub, from HF_ENDPOINT; it resumes by itself. The repository is searched for the file's name."""
+    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", str(max(1, int(timeout))))
+    name = os.path.basename(address)
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UserError(f"the weights need huggingface_hub: pip install huggingface_hub; or fetch {address} in a browser and put the file "
+                        f"where it belongs: checkpoints/pretrained/{name}")
+    folder = temporary + ".d"
+    try:
+        paths = [path for path in huggingface_hub.HfApi().list_repo_files(REPOSITORY) if os.path.basename(path) == name]
+        if not paths:
+            raise Failed(f"{REPOSITORY} holds no {name}")
+        os.replace(huggingface_hub.hf_hub_download(REPOSITORY, paths[0], local_dir=folder), temporary)
+    except Failed:
+        raise
+    except Exception as error:  # a library of many kinds of errors, all of the network or the server
+        raise Failed(str(error).strip().split("\n")[0] or type(error).__name__)
+    shutil.rmtree(folder)
+
+
+# What tells that a file is right
+
+def check_dialogues(path):
+    """The published corpus has 500,001 dialogues."""
+    dialogues, empty = 0, True
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            for line in file:
+                dialogues += empty and not line.isspace()
+                empty = line.isspace()
+    except UnicodeDecodeError:
+        raise Wrong("is not UTF-8 text")
+    if dialogues < 500_000:
+        raise Wrong(f"holds {dialogues:,} dialogues and not the 500,001 of the published corpus")
+
+
+def check_reviews(path):
+    with open(path, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != REVIEWS_SHA256:
+            raise Wrong("has another SHA-256 than the published reviews")
+
+
+def check_weights(n_layer):
+    def check(path):
+        import checkpoint  # here: text comes without waiting for torch
+        try:
+            content = checkpoint.load(path)
+        except UserError as error:
+            raise Wrong(str(error).removeprefix(path).strip())
+        if not checkpoint.is_original(content) or content["n_layer"] != n_layer:
+            raise Wrong(f"is not the published checkpoint of {n_layer} layers")
+    return check
+
+
+def files(address=None):
+    """What can be fetched: {name: [File, …]}. `address` replaces the published one."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    weights = [File(f"checkpoints/pretrained/{name}.pth", f"{endpoint}/{REPOSITORY}/resolve/main/{name}.pth", fetch_weights,
+                    check_weights(layers)) for name, layers in (("cpt90M", 12), ("cpt300M", 26))]
+    return dict(chat=[File("data/train.txt", address or DRIVE, fetch_drive, check_dialogues)],
+                sentiment=[File("data/ChnSentiCorp_htl_all.csv", address or REVIEWS, fetch_http, check_reviews)],
+                pretrained=weights)
+
+
+def get(file, tries=5, timeout=30.0):
+    """Fetches one file into its place, unless it is there and right."""
+    if os.path.exists(file.path):
+        try:
+            file.check(file.path)
+        except Wrong as error:
+            raise UserError(f"{file.path} is there already but {error}; it is left alone: move it away to fetch the published one")
+        print(f"{file.path} is there already, and right")
+        return
+    folder, name = os.path.split(file.path)
+    os.makedirs(folder, exist_ok=True)
+    temporary, problem = os.path.join(folder, f".downloading-{name}"), None
+    for number in range(tries):
+        if number:
+            wait = 2 ** (number - 1)
+            print(f"{file.address}: {problem}; trying again in {wait} s ({number + 1} of {tries})", file=sys.stderr, flush=True)
+            time.sleep(wait)
+        try:
+            file.fetch(file.address, temporary, timeout)
+            file.check(temporary)
+            os.replace(temporary, file.path)
+            print(f"{file.path}: {os.path.getsize(file.path):,} bytes, checked")
+            return
+        except Wrong as error:
+            os.unlink(temporary)
+            problem = f"what came {error}"
+        except Failed as error:
+            problem = str(error)
+    raise UserError(f"{file.address} could not be fetched ({problem}); fetch it by hand and put it at {file.path}")
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python data.py download", description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["chat", "sentiment", "pretrained", "all"],
+                        help="chat: data/train.txt; sentiment: data/ChnSentiCorp_htl_all.csv; pretrained: checkpoints/pretrained/")
+    parser.add_argument("--address", help="fetch chat or sentiment from another address, a mirror's (weights: set HF_ENDPOINT)")
+    parser.add_argument("--tries", type=int, default=5, help="how often a file is tried (default: 5)")
+    parser.add_argument("--timeout", type=float, default=30, help="seconds without a byte that end a try (default: 30)")
+    options = parser.parse_args(arguments)
+    if options.address and options.what not in ("chat", "sentiment"):
+        raise UserError(f"--address={options.address} goes with chat or sentiment alone; for the weights set HF_ENDPOINT")
+    if options.tries < 1 or options.timeout <= 0:
+        raise UserError(f"--tries={options.tries} must be at least 1 and --timeout={options.timeout:g} above 0")
+    known = files(options.address)
+    problems = []
+    for file in sum(known.values(), []) if options.what == "all" else known[options.what]:
+        try:
+            get(file, options.tries, options.timeout)
+        except UserError as error:  # the other files may still be had
+            problems.append(str(error))
+    if problems:
+        raise UserError("\nerror: ".join(problems))

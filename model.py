@@ -1,0 +1,515 @@
+"""The GPT: two shapes of block, cached generation, and a loss that never holds all logits at once.
+
+Shapes: B rows, T positions, C = n_embd, H heads, K heads of keys and values, D = C / H, V vocabulary.
+"""
+
+import dataclasses
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+IGNORE = -100  # target of a position that is not scored
+LOSS_ROWS = 1024  # positions whose logits exist at the same time
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTConfig:
+    """`gpt2` is the shape of Radford et al. 2019; `modern` is the one that Hugging Face calls Qwen3."""
+
+    vocab_size: int
+    arch: str = "gpt2"
+    block_size: int = 256
+    n_layer: int = 6
+    n_head: int = 4
+    n_kv_head: int | None = None
+    n_embd: int = 256
+    dropout: float = 0.0
+    bias: bool = True
+    tied: bool | None = None  # output layer is the token embedding; None: gpt2 yes, modern no
+
+    def __post_init__(self):
+        object.__setattr__(self, "n_kv_head", self.n_kv_head or self.n_head)
+        object.__setattr__(self, "tied", self.arch == "gpt2" if self.tied is None else self.tied)
+
+    @property
+    def modern(self):
+        return self.arch == "modern"
+
+    @property
+    def head_size(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def hidden_size(self):
+        """Width inside the MLP: 4 C, or 8/3 C for SwiGLU's three matrices (Shazeer 2020), in steps of 64."""
+        return 4 * self.n_embd if not self.modern else max(64, round(self.n_embd * 8 / 3 / 64) * 64)
+
+    @property
+    def rows(self):
+        """Rows of the embedding: the vocabulary rounded up to a multiple of 64, the sizes that matrix units like."""
+        return -(-self.vocab_size // 64) * 64
+
+
+class KVCache:
+    """Keys and values of the positions so far, in buffers of fixed shape (n_layer, B, K, size, D).
+
+    Rows may begin at different places (`start`, (B,)): a shorter prompt is padded on its left. On a CPU they are float32
+    whatever `dtype` says: attention of a single position is five times as fast there as in bfloat16.
+    """
+
+    def __init__(self, config, batch, size, device, dtype):
+        dtype = torch.float32 if torch.device(device).type == "cpu" else dtype
+        shape = (config.n_layer, batch, config.n_kv_head, size, config.head_size)
+        self.keys, self.values = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+        self.start = torch.zeros(batch, dtype=torch.long, device=device)
+        self.size, self.length = size, 0
+
+    def update(self, layer, k, v):
+        """Writes (B, K, T, D) at the present end; returns all keys and values up to a multiple of 64 positions."""
+        end = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length:end] = k
+        self.values[layer, :, :, self.length:end] = v
+        seen = self.seen(k.shape[2])
+        return self.keys[layer, :, :, :seen], self.values[layer, :, :, :seen]
+
+    def seen(self, new):
+        """Positions that attention looks at once `new` more are in: few different sizes, so kernels can be reused."""
+        return min(self.size, -(-(self.length + new) // 64) * 64)
+
+    def mask(self, new):
+        """(B, 1, new, seen) bool: which positions each of the `new` next ones may look at."""
+        place = torch.arange(self.seen(new), device=self.start.device)
+        query = torch.arange(self.length, self.length + new, device=self.start.device)
+        mask = (place <= query[:, None]) & (place >= self.start[:, None, None])
+        return (mask | (place == query[:, None]))[:, None]  # left padding looks at itself: no empty softmax
+
+    def branch(self, rows):
+        """A cache of `rows` copies of this one's only row."""
+        copy = object.__new__(KVCache)
+        copy.keys, copy.values = (t.repeat(1, rows, 1, 1, 1) for t in (self.keys, self.values))
+        copy.start, copy.size, copy.length = self.start.repeat(rows), self.size, self.length
+        return copy
+
+    def adopt(self, branch, row):
+        """Goes on as row `row` of a branch."""
+        self.keys[:, 0], self.values[:, 0] = branch.keys[:, row], branch.values[:, row]
+        self.length = branch.length
+
+
+def rms_norm(x, weight=None):
+    return F.rms_norm(x, (x.shape[-1],), weight, eps=1e-6)
+
+
+class RMSNorm(nn.Module):
+    """Zhang and Sennrich 2019."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x):
+        return rms_norm(x, self.weight.to(x.dtype))
+
+
+def make_norm(config):
+    return RMSNorm(config.n_embd) if config.modern else nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding (Su et al. 2021) of (B, heads, T, D), halves paired as in Hugging Face."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def attend(q, k, v, mask, dropout):
+    """Attention of (B, H, T, D) to (B, H, S, D) where the bool mask (B, 1, T, S) allows."""
+    if q.device.type == "cpu" and 1 < q.shape[2] <= 512:  # written out is faster there, backwards above all
+        scores = (q @ k.transpose(-2, -1)) * (1 / math.sqrt(q.shape[-1]))  # (B, H, T, S)
+        weights = F.softmax(scores.float().masked_fill(~mask, -math.inf), dim=-1).to(v.dtype)
+        return F.dropout(weights, dropout) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        bias = config.bias and not config.modern
+        width, kv_width = config.n_embd, config.n_kv_head * config.head_size
+        self.q = nn.Linear(width, width, bias=bias)
+        self.k = nn.Linear(width, kv_width, bias=bias)
+        self.v = nn.Linear(width, kv_width, bias=bias)
+        self.out = nn.Linear(width, width, bias=bias)
+        if config.modern:  # QK-norm (Henry et al. 2020)
+            self.q_norm, self.k_norm = RMSNorm(config.head_size), RMSNorm(config.head_size)
+
+    def forward(self, x, cos, sin, mask, cache=None, layer=0):
+        B, T, C = x.shape
+        config = self.config
+        q = self.q(x).view(B, T, config.n_head, -1).transpose(1, 2)  # (B, H, T, D)
+        k = self.k(x).view(B, T, config.n_kv_head, -1).transpose(1, 2)  # (B, K, T, D)
+        v = self.v(x).view(B, T, config.n_kv_head, -1).transpose(1, 2)
+        if config.modern:
+            q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)  # (B, K, S, D)
+        if config.n_kv_head != config.n_head:
+            k, v = (t.repeat_interleave(config.n_head // config.n_kv_head, dim=1) for t in (k, v))
+        y = attend(q.to(k.dtype), k, v, mask, config.dropout if self.training else 0.0)
+        return self.out(y.to(x.dtype).transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """GELU between two matrices, or SwiGLU between three."""
+
+    def __init__(self, config):
+        super().__init__()
+        bias = config.bias and not config.modern
+        self.up = nn.Linear(config.n_embd, config.hidden_size, bias=bias)
+        self.gate = nn.Linear(config.n_embd, config.hidden_size, bias=False) if config.modern else None
+        self.out = nn.Linear(config.hidden_size, config.n_embd, bias=bias)
+
+    def forward(self, x):
+        return self.out(F.gelu(self.up(x)) if self.gate is None else F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm1, self.attention = make_norm(config), Attention(config)
+        self.norm2, self.mlp = make_norm(config), MLP(config)
+        self.dropout = config.dropout
+
+    def forward(self, x, cos, sin, mask, cache=None, layer=0):
+        x = x + F.dropout(self.attention(self.norm1(x), cos, sin, mask, cache, layer), self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
+
+
+def _loss_of_rows(hidden, weight, targets, vocab_size, gradients):
+    """Summed cross-entropy of (n, C) rows, and its gradients by hidden (n, C) and weight (V, C)."""
+    logits = (hidden @ weight.t()).float()  # (n, V)
+    if vocab_size < weight.shape[0]:
+        logits = logits.masked_fill(torch.arange(weight.shape[0], device=logits.device) >= vocab_size, -math.inf)
+    real = targets != IGNORE
+    index = targets.clamp(min=0)[:, None]
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    loss = ((total - logits.gather(1, index))[:, 0] * real).sum()
+    if not gradients:
+        return loss, None, None
+    slope = (logits - total).exp()
+    slope = (slope - (torch.arange(weight.shape[0], device=logits.device) == index).float()) * real[:, None]
+    slope = slope.to(hidden.dtype)
+    return loss, slope @ weight, slope.t() @ hidden
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of `hidden @ weight.T`, a few rows at a time, with the gradients made on the way forward.
+
+    All logits at once would be the largest tensor of the step by far, written and read several times over.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, vocab_size, loss_of_rows):
+        low = weight.to(hidden.dtype)
+        loss = torch.zeros((), device=hidden.device)
+        by_hidden, by_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        for rows in range(0, len(hidden), LOSS_ROWS):
+            part = slice(rows, rows + LOSS_ROWS)
+            one, by_hidden[part], by_rows = loss_of_rows(hidden[part], low, targets[part], vocab_size, True)
+            loss += one
+            by_weight += by_rows
+        ctx.save_for_backward(by_hidden, by_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx, slope):
+        by_hidden, by_weight = ctx.saved_tensors
+        return by_hidden * slope.to(by_hidden.dtype), by_weight * slope, None, None, None
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer over token ids."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.rows, config.n_embd)
+        self.positions = None if config.modern else nn.Embedding(config.block_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = make_norm(config)
+        self.head = nn.Linear(config.n_embd, config.rows, bias=False)
+        if config.tied:
+            self.head.weight = self.embedding.weight
+        self.checkpointing = False  # recompute activations in the backward pass
+        self._loss_of_rows = _loss_of_rows
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self):
+        """Normal(0, 0.02); what writes to the residual stream starts at 0 (modern) or scaled by depth (GPT-2)."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                continue  # norms are made as 1, and biases are set below
+            nn.init.normal_(parameter, std=0.02)
+            if name.endswith("out.weight"):
+                parameter.mul_(0.0 if self.config.modern else 1 / math.sqrt(2 * self.config.n_layer))
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def compile_parts(self):
+        """Compiles block and loss in place: one compilation serves all blocks, and DDP's hooks still run block by block."""
+        for block in self.blocks:
+            block.compile(dynamic=False)
+        self._loss_of_rows = torch.compile(_loss_of_rows, dynamic=False)
+
+    def hidden(self, ids, documents=None, cache=None, causal=True):
+        """Last hidden states (B, T, C) of ids (B, T).
+
+        `documents` (B, T): positions attend only to earlier ones with the same number, and places are counted from
+        the number's first position. With a `cache` the ids come after what it holds, and it is advanced. Without
+        `causal` (and without a cache) positions attend to later ones too.
+        """
+        B, T = ids.shape
+        place = torch.arange(T, device=ids.device)
+        if cache is not None:
+            mask = cache.mask(T)
+            place = (place + cache.length - cache.start[:, None]).clamp(min=0)  # (B, T)
+        elif documents is None:
+            mask = ((place <= place[:, None]) | (not causal))[None, None]
+            place = place[None]
+        else:
+            mask = ((documents[:, None] == documents[:, :, None]) & ((place <= place[:, None]) | (not causal)))[:, None]  # (B, 1, T, T)
+            begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+            place = place - torch.where(begins, place, 0).cummax(dim=1).values
+        x = self.embedding(ids)  # (B, T, C)
+        cos = sin = None
+        if self.config.modern:
+            x = rms_norm(x)
+            cos, sin = self._rotation(place, x)
+        else:
+            x = x + self.positions(place)
+        x = F.dropout(x, self.config.dropout, self.training)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        for layer, block in enumerate(self.blocks):
+            if self.checkpointing and self.training:
+                x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, mask, cache, layer)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x)
+
+    def _rotation(self, place, x):
+        """Cosines and sines (B or 1, 1, T, D / 2) of the places, in the precision of the activations."""
+        half = self.config.head_size // 2
+        rates = 10000.0 ** (-torch.arange(half, device=place.device, dtype=torch.float32) / half)
+        angles = place[:, None, :, None] * rates
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def logits(self, hidden):
+        """(…, V) float32 of hidden states (…, C); only ids of the vocabulary."""
+        return self.head(hidden)[..., :self.config.vocab_size].float()
+
+    def loss(self, ids, targets, documents=None):
+        """Summed nats over the real targets (those that are not -100), a float32 scalar."""
+        hidden = self.hidden(ids, documents).flatten(0, 1)
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        targets, size = targets.flatten(), self.config.vocab_size
+        if torch.is_grad_enabled():
+            return _LinearCrossEntropy.apply(hidden, self.head.weight, targets, size, self._loss_of_rows)
+        weight = self.head.weight.to(hidden.dtype)
+        parts = zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS))
+        return sum(_loss_of_rows(rows, weight, wanted, size, False)[0] for rows, wanted in parts)
+
+    forward = loss  # what DistributedDataParallel calls
+
+    def count_parameters(self):
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self):
+        """Training FLOPs of a position: 6 for each weight in a matrix product (Kaplan et al. 2020), and attention's at
+        half of block_size."""
+        matrices = sum(p.numel() for block in self.blocks for p in block.parameters() if p.dim() == 2)
+        return 6 * (matrices + self.head.weight.numel() + self.config.n_layer * self.config.n_embd * self.config.block_size)
+
+
+def extended(model, tokens, dropout, like):
+    """A copy of `model` with so many tokens more, whose embeddings start near that of the token `like`."""
+    old = model.config.vocab_size
+    new = GPT(dataclasses.replace(model.config, vocab_size=old + tokens, dropout=dropout))
+    state = model.state_dict()
+    for name in ("embedding.weight", "head.weight"):
+        known = state[name][:old]
+        added = known[like] + 0.1 * known.std() * torch.randn(new.config.rows - old, known.shape[1])
+        state[name] = torch.cat([known, added.to(known)])
+    new.load_state_dict(state)
+    return new
+
+
+class Classifier(nn.Module):
+    """A GPT whose last hidden state at one position is classified (Radford et al. 2018)."""
+
+    def __init__(self, gpt, classes, use_mask=True, causal=True):
+        """`use_mask`: read at each row's last real position, `<extract>`, which sees no filling; else at the last of all."""
+        super().__init__()
+        self.gpt, self.use_mask, self.causal = gpt, use_mask, causal
+        self.classifier = nn.Linear(gpt.config.n_embd, classes)
+        nn.init.normal_(self.classifier.weight, std=0.02)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, ids, lengths):
+        """Scores (B, classes) float32 of ids (B, T), of which `lengths` (B,) in each row are real."""
+        B, T = ids.shape
+        documents = None
+        if self.use_mask and not self.causal:  # filling lies behind: only without causality must it be hidden
+            documents = -(torch.arange(T, device=ids.device) >= lengths[:, None]).long()  # (B, T)
+        hidden = self.gpt.hidden(ids, documents, causal=self.causal)
+        read = hidden[torch.arange(B, device=ids.device), lengths - 1 if self.use_mask else T - 1]  # (B, C)
+        with torch.autocast(ids.device.type, enabled=False):
+            return self.classifier(read.float())
+
+    def freeze(self, tokens, frozen):
+        """Leaves to be trained what is used, or if `frozen` the last block, the norm, the head and the last `tokens` embeddings."""
+        gpt = self.gpt
+        if not gpt.config.tied:
+            gpt.head.requires_grad_(False)  # the language model's: of no use here
+        if frozen:
+            gpt.requires_grad_(False)
+            for part in (gpt.blocks[-1], gpt.norm, gpt.embedding):
+                part.requires_grad_(True)
+            new = torch.zeros(gpt.config.rows, 1, device=gpt.embedding.weight.device)
+            new[gpt.config.vocab_size - tokens:gpt.config.vocab_size] = 1
+            gpt.embedding.weight.register_hook(lambda gradient: gradient * new)
+
+    def count_trained(self, tokens, frozen):
+        """How many parameters `freeze` left to be trained."""
+        count = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        rest = self.gpt.config.rows - tokens
+        return count - rest * self.gpt.config.n_embd if frozen else count
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 takes the likeliest."""
+
+    temperature: float = 0.8
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0  # 0: no limit
+    min_new_tokens: int = 0  # no stop before that
+    max_new_tokens: int = 100
+    banned: tuple = (0,)  # ids that are never chosen: <unk>
+
+
+def adjust(logits, history, sampling):
+    """Logits (B, V) with what `sampling` forbids at -inf; `history` (B, n) are the ids of the reply so far."""
+    logits = logits.clone()
+    logits[:, list(sampling.banned)] = -math.inf
+    if sampling.repetition_penalty != 1 and history.shape[1]:  # Keskar et al. 2019
+        seen = logits.gather(1, history)
+        penalty = sampling.repetition_penalty
+        logits.scatter_(1, history, torch.where(seen > 0, seen / penalty, seen * penalty))
+    n = sampling.no_repeat_ngram
+    if 0 < n <= history.shape[1]:
+        ngrams = history.unfold(1, n, 1)  # (B, m, n)
+        last = history[:, history.shape[1] - n + 1:]  # (B, n - 1)
+        row, at = (ngrams[:, :, :-1] == last[:, None]).all(dim=-1).nonzero(as_tuple=True)
+        logits[row, ngrams[row, at, -1]] = -math.inf
+    if sampling.temperature == 0:
+        return logits
+    logits = (logits - logits.max(dim=-1, keepdim=True).values) / sampling.temperature  # a tiny one overflows to -inf only
+    if 0 < sampling.top_k < logits.shape[1]:
+        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[:, -1:], -math.inf)
+    if sampling.min_p > 0:
+        logits = logits.masked_fill(logits < logits.max(dim=-1, keepdim=True).values + math.log(sampling.min_p), -math.inf)
+    if sampling.top_p < 1:  # nucleus (Holtzman et al. 2020): the token that crosses the share stays in
+        ordered, share = _likeliest(logits, 256 if logits.device.type == "cpu" else logits.shape[1])
+        if ordered.shape[1] < logits.shape[1] and share.sum(dim=-1).min() <= sampling.top_p:
+            ordered, share = _likeliest(logits, logits.shape[1])
+        kept = share.cumsum(dim=-1) - share <= sampling.top_p
+        logits = logits.masked_fill(logits < ordered.masked_fill(~kept, math.inf).min(dim=-1, keepdim=True).values, -math.inf)
+    return logits
+
+
+def _likeliest(logits, count):
+    """The highest `count` logits in falling order and their probabilities among all: (B, count) each."""
+    ordered = logits.topk(count).values if count < logits.shape[1] else logits.sort(descending=True).values
+    return ordered, (ordered - logits.logsumexp(dim=-1, keepdim=True)).exp()
+
+
+def sample(logits, history, sampling, generator=None):
+    """(B,) ids from logits (B, V)."""
+    logits = adjust(logits, history, sampling)
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    noise = torch.empty_like(logits).exponential_(generator=generator)  # argmax(p / noise) draws from p, without a sync
+    return (logits.softmax(dim=-1) / noise).argmax(dim=-1)
+
+
+@torch.inference_mode()
+def generate(model, prompts, sampling, stop=(), cache=None, generator=None, scores=None):
+    """Yields the next ids (B,) of B prompts (lists of ids) until each has met an id of `stop`; a finished row gives -1.
+
+    A `cache` goes on from an earlier call (prompts are then only what is new, of equal length); it ends up holding
+    all but the last ids yielded. Generation ends where the cache, or block_size, is full. `scores` (B,) float32 is
+    increased by the log-probability that the model gives each id, whatever `sampling` makes of it.
+    """
+    device, dtype = model.embedding.weight.device, model.embedding.weight.dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    longest = max(len(prompt) for prompt in prompts)
+    if cache is None:
+        cache = KVCache(model.config, len(prompts), model.config.block_size, device, dtype)
+        cache.start = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
+    elif any(len(prompt) != longest for prompt in prompts):
+        raise ValueError("with a cache all prompts must have the same length")
+    if longest == 0 or cache.length + longest > cache.size:
+        raise ValueError(f"a prompt of {longest} tokens does not fit: {cache.length} of {cache.size} places are taken")
+    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    history = torch.empty((len(prompts), 0), dtype=torch.long, device=device)
+    stops = torch.tensor(list(stop), device=device, dtype=torch.long)
+    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    for step in range(sampling.max_new_tokens):
+        logits = model.logits(model.hidden(ids, cache=cache)[:, -1])
+        allowed = logits if step >= sampling.min_new_tokens else logits.index_fill(1, stops, -math.inf)
+        chosen = sample(allowed, history, sampling, generator)
+        if scores is not None:
+            scores += logits.log_softmax(dim=-1).gather(1, chosen[:, None])[:, 0].masked_fill(finished, 0.0)
+        yield torch.where(finished, -1, chosen)
+        history = torch.cat([history, chosen[:, None]], dim=1)
+        finished = finished | torch.isin(chosen, stops)
+        if finished.all() or cache.length >= cache.size:
+            return
+        ids = chosen[:, None]
+
+
+@torch.inference_mode()
+def log_probability(model, contexts, replies):
+    """(B,) float32: log-probability of each reply (a list of ids) after its context (a list of at least one id)."""
+    rows = [list(context) + list(reply) for context, reply in zip(contexts, replies)]
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    counted = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, (context, all_ids) in enumerate(zip(contexts, rows)):
+        ids[row, :len(all_ids)] = torch.tensor(all_ids)
+        counted[row, len(context):len(all_ids)] = True
+    ids, counted = ids.to(model.embedding.weight.device), counted.to(model.embedding.weight.device)
+    chances = model.logits(model.hidden(ids[:, :-1])).log_softmax(dim=-1)
+    return (chances.gather(2, ids[:, 1:, None])[:, :, 0] * counted[:, 1:]).sum(dim=1)
+
+
+def most_informative(model, replies, scores, weight, opening):
+    """Number of the reply with the highest log-probability in its conversation (`scores`) less `weight` times that of the
+    reply after nothing but the id `opening`: maximum mutual information (Li et al. 2016), which thinks little of what can
+    be said to anything. Both are taken per token: as sums they would prefer short replies."""
+    alone = log_probability(model, [[opening]] * len(replies), replies)
+    lengths = torch.tensor([len(reply) for reply in replies], device=alone.device)
+    return int(((scores - weight * alone) / lengths).argmax())

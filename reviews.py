@@ -1,0 +1,193 @@
+"""Labelled reviews to batches: reading, splitting, encoding, and measuring what a classifier says of them."""
+
+import csv
+import io
+import json
+import sys
+
+import numpy as np
+
+from settings import UserError
+from tokenizer import PAD
+
+MOST_CLASSES = 100  # more different labels than that are no classes
+
+
+# Reading
+
+def read_text(path):
+    """The text of a file in UTF-8, with or without BOM, or GB18030; `-` is standard input."""
+    try:
+        if path == "-":
+            content = sys.stdin.buffer.read()
+        else:
+            with open(path, "rb") as file:
+                content = file.read()
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; it should be a CSV with the columns label and review "
+                        "(data/sample_reviews.csv is one), or fetch one: python data.py download sentiment")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}")
+    for encoding in ("utf-8-sig", "gb18030"):
+        try:
+            return content.decode(encoding)
+        except UnicodeDecodeError as error:
+            place = error.start
+    raise UserError(f"{path} is neither UTF-8 nor GB18030 (byte {place}); save it as UTF-8")
+
+
+def read_table(path):
+    """(column names, rows) of a CSV file."""
+    csv.field_size_limit(1 << 30)
+    try:
+        rows = list(csv.reader(io.StringIO(read_text(path), newline="")))
+    except csv.Error as error:
+        raise UserError(f"{path} is not a CSV file: {error}")
+    if not rows or not rows[0]:
+        raise UserError(f"{path} is empty; its first line should be label,review")
+    return [name.strip().lower() for name in rows[0]], rows[1:]
+
+
+def read_reviews(path):
+    """(texts, labels (N,) ints, names of the classes in order, how many rows were left out for want of a text or label)."""
+    names, rows = read_table(path)
+    for column in ("label", "review"):
+        if column not in names:
+            raise UserError(f"{path} has no column {column!r} but {', '.join(map(repr, names[:5]))}; its first line should be label,review")
+    label, review, rows = names.index("label"), names.index("review"), [row for row in rows if row]
+    pairs = [(row[review].strip(), row[label].strip()) for row in rows if len(row) > max(label, review)]
+    pairs = [(text, name) for text, name in pairs if text and name]
+    if not pairs:
+        raise UserError(f"{path} holds no review")
+    classes = sorted({name for _, name in pairs}, key=lambda name: (len(name), name) if name.isdigit() else (0, name))
+    if len(classes) > MOST_CLASSES:
+        raise UserError(f"{path}: the column label has {len(classes)} different values ({', '.join(classes[:3])}, …); "
+                        f"classes are {MOST_CLASSES} at most")
+    if len(classes) < 2:
+        raise UserError(f"{path}: all {len(pairs)} reviews have the label {classes[0]!r}; it takes two classes")
+    return ([text for text, _ in pairs], np.array([classes.index(name) for _, name in pairs]), classes, len(rows) - len(pairs))
+
+
+def read_unlabelled(path):
+    """The texts to be classified: a .csv's column review (or its only column), else the lines."""
+    if not path.endswith(".csv"):
+        texts = [line.rstrip("\n") for line in io.StringIO(read_text(path), newline=None)]
+    else:
+        names, rows = read_table(path)
+        if "review" not in names and len(names) > 1:
+            raise UserError(f"{path} has no column 'review' but {', '.join(map(repr, names[:5]))}; its first line should name one")
+        column = names.index("review") if "review" in names else 0
+        texts = [row[column] if len(row) > column else "" for row in rows]
+    if not texts:
+        raise UserError(f"{path} holds no review")
+    return texts
+
+
+# Splitting: reviews of the same text are always on the same side.
+
+def deal(texts, labels, among, parts, seed):
+    """Which of `parts` (shares that add up to 1) each review of `among` gets: stratified by class, duplicates together."""
+    rng = np.random.default_rng(seed)
+    first, group = {}, np.empty(len(texts), dtype=np.int64)
+    for i in among:
+        group[i] = first.setdefault(texts[i], i)  # a text's class is that of its first review
+    part = np.full(len(texts), -1)
+    ends = np.cumsum(parts)
+    for label in np.unique(labels[among]):
+        members = among[(group[among] == among) & (labels[among] == label)]
+        members = members[rng.permutation(len(members))]
+        part[members] = np.searchsorted(ends, (np.arange(len(members)) + 0.5) / max(1, len(members))).clip(max=len(parts) - 1)
+    part[among] = part[group[among]]
+    return part
+
+
+def splits(texts, labels, names, settings):
+    """Yields (title, seed, training, validation, test), the last three sorted review numbers, of every run to be made."""
+    everything = np.arange(len(texts))
+    for seed in settings.seeds or [settings.seed]:
+        if settings.split_path:
+            sets = [(f"seed {seed}, split {k}", np.array(sorted(test)))
+                    for k, test in enumerate(read_split(settings.split_path, len(texts)))]
+        elif settings.folds:
+            part = deal(texts, labels, everything, [1 / settings.folds] * settings.folds, seed)
+            sets = [(f"seed {seed}, fold {k + 1}", np.flatnonzero(part == k)) for k in range(settings.folds)]
+        else:
+            part = deal(texts, labels, everything, [settings.train_percent, 1 - settings.train_percent], seed)
+            sets = [(f"seed {seed}", np.flatnonzero(part == 1))]
+        for title, test in sets:
+            rest = np.setdiff1d(everything, test)
+            part = deal(texts, labels, rest, [1 - settings.val_percent, settings.val_percent], seed)
+            training, validation = np.flatnonzero(part == 0), np.flatnonzero(part == 1)
+            wanted = [("training", training), ("test", test)] + [("validation", validation)] * (settings.val_percent > 0)
+            for kind, members in wanted:
+                for label, name in enumerate(names):
+                    if not (labels[members] == label).any():
+                        raise UserError(f"{title}: the {kind} part has no review of class {name!r} ({(labels == label).sum()} in all); "
+                                        "more reviews of it, or other train_percent, val_percent or folds, would help")
+            yield title, seed, training, validation, test
+
+
+def read_split(path, count):
+    """The test sets in a JSON file."""
+    try:
+        sets = json.loads(read_text(path))
+        fits = all(test and all(type(i) is int and 0 <= i < count for i in test) for test in sets)
+    except (ValueError, TypeError):
+        fits = False
+    if not fits:
+        raise UserError(f"split_path={path} is not a list of lists of numbers from 0 to {count - 1}; bench/linear.py --splits writes one")
+    return sets
+
+
+# Encoding and batches
+
+def encode(whole, start, block_size):
+    """`<start> review <extract>` of reviews as ids, each at most block_size long: of a longer one both ends stay.
+
+    `<start>` has the number `start`, and `<extract>` the next.
+    """
+    extract, room, rows = start + 1, block_size - 2, []
+    for ids in whole:
+        if len(ids) > room:
+            ids = np.concatenate([ids[:room - room // 2], ids[len(ids) - room // 2:]])
+        rows.append(np.concatenate([[start], ids, [extract]]).astype(np.int64))
+    return rows
+
+
+def by_length(members, lengths, rows, rng=None):
+    """Batches of so many review numbers, of similar length; with `rng` in random order, equal lengths mixed anew."""
+    if rng is not None:
+        members = rng.permutation(members)
+    order = np.argsort(lengths[members] * (1 if rng is None else 1 + 0.04 * rng.random(len(members))), kind="stable")
+    batches = [members[order[i:i + rows]] for i in range(0, len(members), rows)]
+    return batches if rng is None else [batches[i] for i in rng.permutation(len(batches))]
+
+
+def pad(rows, width=None):
+    """(ids (B, T), length (B,)) of rows of ids, filled with `<pad>` to `width` or the longest."""
+    lengths = np.array([len(row) for row in rows])
+    ids = np.full((len(rows), width or lengths.max()), PAD, dtype=np.int64)
+    for row, line in zip(rows, ids):
+        line[:len(row)] = row
+    return ids, lengths
+
+
+# Measuring
+
+def measure(probabilities, labels, names):
+    """Accuracy, macro F1, ROC AUC and the confusion matrix [true][predicted] of (N, classes) probabilities."""
+    said, count = probabilities.argmax(axis=1), len(names)
+    confusion = np.bincount(labels * count + said, minlength=count * count).reshape(count, count)
+    right = confusion.diagonal()
+    f1 = 2 * right / np.maximum(1, confusion.sum(axis=0) + confusion.sum(axis=1))
+    areas = [area(probabilities[:, k], labels == k) for k in ([1] if count == 2 else range(count))]
+    return dict(accuracy=float(right.sum() / len(labels)), f1=float(f1.mean()), auc=float(np.mean(areas)),
+                majority=float(confusion.sum(axis=1).max() / len(labels)), confusion=confusion.tolist(), reviews=len(labels))
+
+
+def area(scores, positive):
+    """Area under the ROC curve: the chance that a positive scores above a negative, ties half (Hanley and McNeil 1982)."""
+    values, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]  # from 1, ties share their mean
+    n, m = positive.sum(), (~positive).sum()
+    return (ranks[positive].sum() - n * (n + 1) / 2) / (n * m) if n and m else float("nan")

@@ -1,0 +1,353 @@
+"""The machine: device, precision, processes under torchrun, random numbers, signals, logs.
+
+A script's work stands in `with Processes() as processes:`, and begins with `runtime = start(settings, processes)`.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import os
+import platform
+import re
+import signal
+import sys
+import time
+import uuid
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from settings import UserError
+
+# Dense bfloat16 peaks in FLOP/s, from the makers' data sheets (Volta and Turing: float16).
+PEAKS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "H20": 148e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12,
+         "L40S": 362e12, "L4": 121e12, "A10": 125e12, "V100": 125e12, "T4": 65e12, "4090": 165e12, "3090": 71e12}
+CONNECTION_LOST = re.compile("gloo|remote process|Connection (closed|reset)|Broken pipe|failed to recv|TCPStore")  # another process is gone
+
+
+class Processes:
+    """This process among those that torchrun started, and how they wait for one another and end together.
+
+    All of it goes through torchrun's key-value store, not through collectives: a wait may take hours.
+    """
+
+    def __init__(self):
+        self.rank, self.local_rank, self.world, self.local_world = (int(os.environ.get(name, default)) for name, default in (
+            ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
+        self.torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        self.store, self.waits = None, 0
+
+    def __enter__(self):
+        if self.torchrun or self.world > 1:
+            self._join(next(dist.rendezvous("env://"))[0])
+        return self
+
+    def _join(self, store):
+        """Agrees with the others on a prefix of keys: the store may outlive restarts, and hold what dead processes said."""
+        if self.rank == 0:
+            session = uuid.uuid4().hex
+            store.set("session", session)
+            others = [f"{session} {rank}" for rank in range(1, self.world)]
+            while others and not store.check(others):
+                time.sleep(0.05)
+            store.set(f"{session} all", "")
+        else:
+            tried = {}
+            while True:
+                session = store.get("session").decode() if store.check(["session"]) else None
+                if session and session not in tried:
+                    tried[session] = store.add(f"{session} {self.rank}", 1) == 1  # else: that was an earlier process of this rank
+                if tried.get(session) and store.check([f"{session} all"]):
+                    break
+                time.sleep(0.05)
+        self.store = dist.PrefixStore(session, store)
+
+    def wait(self, come):
+        """Returns once `come()` is true; ends this process if another one fails meanwhile."""
+        while not come():
+            if self.store.check(["failed"]):
+                self._end(2)
+            time.sleep(0.1)
+
+    def meet(self):
+        """Returns in all processes when all have called it."""
+        if self.store is not None:
+            self.waits += 1
+            key = f"wait {self.waits}"
+            self.store.add(key, 1)
+            self.wait(lambda: self.store.add(key, 0) == self.world)
+
+    def tell(self, text):
+        """Rank 0's text, in all processes, whenever it comes."""
+        if self.store is None:
+            return text
+        self.waits += 1
+        key = f"wait {self.waits}"
+        if self.rank == 0:
+            self.store.set(key, text)
+        self.wait(lambda: self.store.check([key]))
+        return self.store.get(key).decode()
+
+    def once(self, make):
+        """The text that `make()` returns, called by rank 0, then by the first process of each other machine, where it
+        finds the work done if the disk is shared; all others wait."""
+        text = self.tell(make() if self.rank == 0 else "")
+        if self.rank > 0 and self.local_rank == 0 and (mine := make()) != text:
+            raise UserError(f"{platform.node()} has {mine} where rank 0 has {text}: give every machine the same files")
+        self.meet()
+        return text
+
+    def __exit__(self, kind, error, trace):
+        if error is None:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(0)  # not by the interpreter's end: gloo's threads may still free tensors, and then abort (pytorch/pytorch#179291)
+        elif self.store is not None and isinstance(error, Exception):
+            if not isinstance(error, UserError) and CONNECTION_LOST.search(str(error)):
+                print(f"rank {self.rank}: lost another process ({str(error).splitlines()[0][-150:]}); torchrun says which one",
+                      file=sys.stderr, flush=True)
+                self._end(1)
+            try:
+                said = self.store.add(f"said {error}", 1) > 1  # the same error, met by several
+                self.store.set("failed", "")
+            except dist.DistError:  # the store has gone with rank 0's machine
+                said = False
+            if said and isinstance(error, UserError):
+                self._end(2)
+
+    def _end(self, status):
+        """Ends quietly, a little late: torchrun ends the others when one does, and should name the one that failed first."""
+        time.sleep(5)
+        sys.stdout.flush()
+        os._exit(status)
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """Where this process runs and what it may use."""
+
+    device: torch.device
+    dtype: torch.dtype  # of matrix products
+    processes: Processes
+
+    @property
+    def rank(self):
+        return self.processes.rank
+
+    @property
+    def world(self):
+        """How many processes there are."""
+        return self.processes.world
+
+    @property
+    def main(self):
+        """True in the one process that writes files and talks."""
+        return self.rank == 0
+
+    def autocast(self):
+        """The context that computes matrix products in `dtype`."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def say(self, *words):
+        if self.main:
+            print(*words, flush=True)
+
+
+def start(settings, processes=None):
+    """The Runtime of this process; joins the group of `processes` when torchrun started it."""
+    processes = processes or Processes()
+    tune_allocator()
+    quiet = processes.rank > 0
+    device = pick_device(settings.device, processes.local_rank, quiet)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    elif not threads_are_set(processes):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // processes.local_world))
+    if processes.store is not None:
+        processes.meet()  # a process without its device must not leave the others waiting in the next line
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=processes.rank,
+                                world_size=processes.world, store=dist.PrefixStore("group", processes.store))
+    return Runtime(device, pick_dtype(settings.dtype, device, quiet), processes)
+
+
+def threads_are_set(processes):
+    """Whether the user set OMP_NUM_THREADS; torchrun sets it to 1 for several processes where the user did not."""
+    if not processes.torchrun or os.environ.get("OMP_NUM_THREADS", "1") != "1":
+        return "OMP_NUM_THREADS" in os.environ
+    try:
+        with open(f"/proc/{os.getppid()}/environ", "rb") as file:  # what torchrun was started with
+            return any(line.startswith(b"OMP_NUM_THREADS=") for line in file.read().split(b"\0"))
+    except OSError:
+        return False
+
+
+def explain_processes(runtime, values):
+    """A line where the original's keys, among a YAML file's `values`, say other than what torchrun does."""
+    asked = str(values.get("world_size") or runtime.world)
+    if str(values.get("ddp")).lower() == "true" and not runtime.processes.torchrun:
+        runtime.say("ddp=True, but torchrun did not start this: training on one device; "
+                    "on several: torchrun --nproc_per_node=2 train.py …")
+    elif asked != str(runtime.world):
+        runtime.say(f"world_size={asked} is ignored: there {'is 1 process' if runtime.world == 1 else f'are {runtime.world} processes'}")
+
+
+def pick_device(name, local_rank=0, quiet=False):
+    """The torch device that a setting means here; one that is missing is replaced by the CPU, with a line."""
+    say = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
+    kind, _, index = name.partition(":")
+    mps = torch.backends.mps.is_available()
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if kind not in ("cpu", "cuda", "mps") or (index and not index.isdigit()):
+        raise UserError(f"device={name} is none of auto, cpu, cuda, cuda:N, mps")
+    if kind == "cuda" and not torch.cuda.is_available() or kind == "mps" and not mps:
+        say(f"device={name} is not there: using the CPU")
+        return torch.device("cpu")
+    if kind == "cuda":
+        if index and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+            raise UserError(f"device={name} would be every process's; use device=cuda")
+        number = int(index) if index else local_rank
+        if number >= torch.cuda.device_count():
+            raise UserError(f"device cuda:{number} does not exist; this machine has {torch.cuda.device_count()}: "
+                            "start no more processes a node than that")
+        return torch.device("cuda", number)
+    return torch.device(kind)
+
+
+def pick_dtype(name, device, quiet=False):
+    """The torch dtype that a setting means on this device."""
+    if name != "auto":
+        if name == "float16" and device.type == "cpu":
+            if not quiet:
+                print("dtype=float16 is not for CPUs: using bfloat16", file=sys.stderr, flush=True)
+            return torch.bfloat16
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if device.type == "mps":
+        return torch.float32
+    able = torch.cpu.get_capabilities()
+    return torch.bfloat16 if able.get("amx_bf16") or able.get("avx512_bf16") else torch.float32
+
+
+def tune_allocator():
+    """Keeps glibc's malloc from giving pages back and faulting them in anew at every step: a fifth of a CPU step."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return  # not glibc
+    for parameter, value in ((-1, 2**31 - 1), (-2, 256 << 20), (-4, 0)):  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
+        mallopt(parameter, value)
+
+
+def seed_step(seed, step, rank):
+    """All random numbers of a training step follow from (seed, step, rank), so nothing need be saved to resume."""
+    torch.manual_seed((seed * 1_000_003 + step) * 4099 + rank)
+
+
+def add_up(runtime, *values):
+    """Sums of numbers over all processes."""
+    if runtime.world == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return tuple(total.tolist())
+
+
+def least(runtime, value):
+    """The smallest of all processes' integers."""
+    if runtime.world == 1:
+        return value
+    smallest = torch.tensor(value)
+    dist.all_reduce(smallest, dist.ReduceOp.MIN)
+    return int(smallest)
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM as a wish, looked at between steps: `if stopping: …`. A second Ctrl-C leaves at once.
+
+    The end of the parent is such a wish under torchrun: without it nothing would ever end this process.
+    """
+
+    def __init__(self, processes):
+        self.name = None
+        self.parent = os.getppid() if processes.torchrun else None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._notice)
+
+    def _notice(self, number, frame):
+        if self.name is not None and number == signal.SIGINT:
+            os.write(2, b"\nleaving at once\n")
+            os._exit(130)
+        self.name = signal.Signals(number).name
+
+    def __bool__(self):
+        return self.name is not None or self.parent not in (None, os.getppid())
+
+
+def peak_flops(runtime):
+    """(FLOP/s that MFU is measured against, where the figure is from)."""
+    if runtime.device.type == "cuda":
+        name = torch.cuda.get_device_name(runtime.device)
+        for part, peak in PEAKS.items():
+            if part in name:
+                return peak, f"data sheet of {part}"
+    size = 2048 if runtime.device.type == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=runtime.device, dtype=runtime.dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(3):
+        begin = time.perf_counter()
+        (a @ b)[0, 0].item()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size ** 3 / best, f"measured on a {size}³ product"
+
+
+def distribute(runtime, model):
+    """`model` wrapped so that processes share gradients; None for a process alone."""
+    if not dist.is_initialized():
+        return None
+    return DistributedDataParallel(model, device_ids=[runtime.device.index] if runtime.device.type == "cuda" else None,
+                                   gradient_as_bucket_view=True)
+
+
+def exchange(distributed, last):
+    """The context of a backward pass: gradients are exchanged after a step's last one only."""
+    return contextlib.nullcontext() if distributed is None or last else distributed.no_sync()
+
+
+def step_bar(runtime, **options):
+    return tqdm(disable=not runtime.main, dynamic_ncols=True, unit="step", mininterval=0.5 if sys.stderr.isatty() else 15, **options)
+
+
+def tensorboard(runtime, path):
+    """A SummaryWriter in the main process; elsewhere, and without a path, one that writes nothing."""
+    if path is None or not runtime.main:
+        return NoWriter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torch.utils.tensorboard import SummaryWriter
+    try:
+        return SummaryWriter(path)
+    except OSError as error:
+        raise UserError(f"tensorboard_path={path} cannot be written: {error.strerror}")
+
+
+class NoWriter:
+    def add_scalar(self, *_):
+        pass
+
+    add_text = add_scalar
+
+    def flush(self):
+        pass
+
+    close = flush

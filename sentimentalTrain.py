@@ -1,0 +1,397 @@
+"""Fine-tune a checkpoint into a classifier of reviews, measure it, use it.
+
+python sentimentalTrain.py CONFIG… [key=value …]     several configurations end in one table
+python sentimentalTrain.py CONFIG|CHECKPOINT --predict FILE.csv|FILE.txt|-
+"""
+
+import dataclasses
+import json
+import math
+import os
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import checkpoint
+import reviews as data
+import runtime as rt
+import settings as settings_module
+from model import Classifier, extended
+from ngrams import Ngrams
+from optim import learning_rate, make_optimizers, schedule_share, set_learning_rate, share_done, update
+from settings import SentimentSettings, UserError
+from tokenizer import SEP
+
+NEW = 2  # tokens after the vocabulary: <start> and <extract>
+AT_ONCE = 4096  # reviews that --predict holds
+
+
+def main():
+    with rt.Processes() as processes:
+        start(processes)
+
+
+def start(processes):
+    """What the command line asks for."""
+    parser = settings_module.parser(
+        SentimentSettings, "python sentimentalTrain.py CONFIG… [key=value …] [--dry-run] [--table PATH]\n"
+        "       python sentimentalTrain.py CONFIG|CHECKPOINT --predict FILE|- | --predict-text TEXT")
+    parser.add_argument("config", nargs="+", help="YAML files, key=value; to predict also a classifier's .pth")
+    parser.add_argument("--dry-run", action="store_true", help="print settings, size, memory and FLOPs, and stop")
+    parser.add_argument("--table", metavar="PATH", default="checkpoints/ablation",
+                        help="where the table of several configurations goes, as PATH.md and PATH.png (default: %(default)s)")
+    parser.add_argument("--predict", metavar="FILE", help="label and probability of each review: the column review of a .csv, "
+                        "else each line; - is standard input")
+    parser.add_argument("--predict-text", metavar="TEXT", help="label and probability of this one review")
+    options = parser.parse_intermixed_args()
+    paths = [word for word in options.config if "=" not in word]
+    over = settings_module.overrides(word for word in options.config if "=" in word)
+    predicting = options.predict is not None or options.predict_text is not None
+    if not paths:
+        raise UserError("no configuration is named; config/demoSentimental.yaml is one")
+    if predicting and len(paths) > 1:
+        raise UserError(f"--predict takes one configuration or checkpoint, not {len(paths)}")
+    read = lambda path: {} if predicting and path.endswith(".pth") else settings_module.read_yaml(path)
+    several = [settings_module.build(SentimentSettings, read(path) | over) for path in paths]
+    for key in ("device", "dtype"):
+        if len(values := sorted({getattr(settings, key) for settings in several})) > 1:
+            raise UserError(f"{key} is {' and '.join(values)} in these configurations; run them one by one")
+    runtime = rt.start(several[0], processes)
+    if predicting:
+        path = paths[0] if paths[0].endswith(".pth") else os.path.join(several[0].checkpoint_root, "best.pth")
+        texts = [options.predict_text] if options.predict_text is not None else data.read_unlabelled(options.predict)
+        return predict(path, texts, runtime)
+    stopping = rt.StopSignal(processes)
+    results = []
+    for path, settings in zip(paths, several):
+        if len(paths) > 1:
+            runtime.say(f"\n== {path}")
+        results.append(experiment(settings, runtime, stopping, options.dry_run))
+        if results[-1] is None and not options.dry_run:
+            return
+    if len(paths) > 1 and not options.dry_run and runtime.main:
+        table(paths, several, results, options.table)
+
+
+def experiment(settings, runtime, stopping, dry_run):
+    """All runs (seeds, folds) of one configuration: their mean figures, or None if it was stopped."""
+    if settings.resume_from:
+        runtime.say(f"resume_from={settings.resume_from} is not used here: base_model={settings.base_model} is what is started from")
+    if settings.compile:
+        runtime.say("compile=True is not used here: batches have many lengths, and each would be compiled anew")
+    texts, labels, names, left_out = data.read_reviews(settings.sentimental_data_path)
+    if left_out:
+        runtime.say(f"{settings.sentimental_data_path}: {left_out} rows without a review or label are left out")
+    runtime.say(f"settings  {', '.join(f'{k}={v}' for k, v in dataclasses.asdict(settings).items())}\n"
+                f"machine   {runtime.device}, {str(runtime.dtype).removeprefix('torch.')}, processes: {runtime.world}")
+    plans = list(data.splits(texts, labels, names, settings))
+    results = []
+    for title, seed, *parts in plans:
+        name = title.replace(", ", "-").replace(" ", "")
+        folder = settings.checkpoint_root if len(plans) == 1 else os.path.join(settings.checkpoint_root, name)
+        result = train(settings, runtime, stopping, texts, labels, names, seed, parts, folder, dry_run)
+        if result is None:
+            return None
+        results.append(dict(title=title, seed=seed) | result)
+        runtime.say(f"{title}: {tell(result['test'], names)}; {result['minutes']:.1f} minutes")
+    summary = {name: float(np.mean([r["test"][name] for r in results])) for name in ("accuracy", "f1", "auc", "majority")}
+    summary |= dict(deviation=float(np.std([r["test"]["accuracy"] for r in results], ddof=1)) if len(results) > 1 else None,
+                    trained=results[0]["trained"], minutes=sum(r["minutes"] for r in results))
+    if len(results) > 1:
+        runtime.say(f"{len(results)} runs: test accuracy {percent(summary)}, macro F1 {summary['f1']:.4f}, ROC AUC {summary['auc']:.4f}, "
+                    f"majority {summary['majority']:.2%}")
+    if runtime.main:
+        root, several = settings.checkpoint_root, len(results) > 1
+        if several:
+            checkpoint.set_aside(root)
+            chosen = max(results, key=lambda result: result["validation"]["accuracy"] if result["validation"] else 0)
+            checkpoint.name_also(os.path.join(chosen["folder"], "best.pth"), os.path.join("..", "best.pth"))
+        content = summary | dict(classes=names, runs=results, settings=dataclasses.asdict(settings))
+        with open(os.path.join(root, "metrics.json"), "w", encoding="utf-8") as file:
+            json.dump(content, file, ensure_ascii=False, indent=1)
+        best = " that is best on validation" if several and chosen["validation"] else ""
+        runtime.say(f"the classifier{best}: {root}/best.pth; all figures: {root}/metrics.json")
+    return summary
+
+
+def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder, dry_run):
+    """One run: fine-tunes on parts[0], chooses the epoch on parts[1], measures once on parts[2]; None if it was stopped."""
+    begin, device = time.perf_counter(), runtime.device
+    training, validation, test = parts
+    if len(training) < settings.train_batch:
+        raise UserError(f"train_batch={settings.train_batch} is more than the {len(training)} reviews of the training part; "
+                        f"use {len(training)} or fewer")
+    torch.manual_seed(seed)
+    classifier, tokenizer, block_size = make_classifier(settings, runtime, names)
+    whole = [ids.astype(np.int64) for ids in tokenizer.encode_batch(texts)]
+    rows = data.encode(whole, classifier.gpt.config.vocab_size - NEW, block_size)
+    lengths = np.array([len(row) for row in rows])
+    width = None if settings.use_mask else block_size
+    steps = -(-len(training) // settings.train_batch)
+    classifier.to(device).train()
+    classifier.gpt.checkpointing = settings.checkpointing
+    classifier.freeze(NEW, settings.frozen)
+    trained = classifier.count_trained(NEW, settings.frozen)
+    alike = lengths if settings.use_mask else np.zeros_like(lengths)  # what batches are made by
+    order = data.by_length(training, alike, settings.train_batch, np.random.default_rng([seed, 0]))
+    filling = 1 - lengths[training].sum() / sum(len(batch) * (width or lengths[batch].max()) for batch in order)
+    describe_run(runtime, classifier, trained, parts, lengths, filling)
+    if dry_run:
+        return None
+    linear = Ngrams.train([whole[i] for i in training], labels[training], len(names), settings.ngrams) if settings.ngrams else None
+    decay = 0.0 if settings.frozen else settings.weight_decay  # it would pull on the embeddings that are to stay; their gradients are 0
+    optimizers = make_optimizers(classifier, dataclasses.replace(settings, weight_decay=decay), runtime.dtype)
+    scaler = torch.amp.GradScaler(device.type, enabled=runtime.dtype == torch.float16)
+    distributed = rt.distribute(runtime, classifier)
+    pieces = count_pieces(settings, runtime)
+    writer = rt.tensorboard(runtime, settings.tensorboard_path and os.path.join(settings.tensorboard_path, os.path.basename(folder)))
+    bar = rt.step_bar(runtime, total=min(settings.max_steps or math.inf, settings.max_epoch * steps))
+    step, epoch, best, best_state, history, worse, refused, share = 0, 0, None, None, [], 0, 0, 0.0
+
+    while share < 1 and not (settings.patience and worse >= settings.patience):
+        rng = np.random.default_rng([seed, epoch])
+        nats, right, seen = 0.0, 0.0, 0
+        for batch in data.by_length(training, alike, settings.train_batch, rng):
+            minutes, wish = rt.add_up(runtime, (time.perf_counter() - begin) / 60 * runtime.main, bool(stopping))
+            if wish:
+                bar.close()
+                runtime.say("stopped" + (f": {folder}/best.pth is the best so far" if best else ", nothing is saved yet"))
+                return None
+            share = share_done(settings, step, minutes, step / steps)
+            if share >= 1 and step > 0:
+                break
+            factor = learning_rate(step, schedule_share(settings, step, share), settings)
+            set_learning_rate(optimizers, factor)
+
+            # The pieces of a batch, and their random numbers, are the same whatever the number of processes.
+            mine = list(enumerate(np.array_split(batch, pieces)))[runtime.rank::runtime.world]
+            for number, piece in mine:
+                rt.seed_step(seed, step, number)
+                weight = 1.0 if len(piece) else 0.0
+                ids, ends, wanted = tensors(rows, labels, piece if len(piece) else batch[:1], width, device)
+                with rt.exchange(distributed, number == mine[-1][0]):
+                    with runtime.autocast():
+                        scores = (distributed or classifier)(ids, ends)
+                    loss = F.cross_entropy(scores, wanted, reduction="sum") * weight
+                    scaler.scale(loss * (runtime.world / len(batch))).backward()  # DDP takes the mean over processes
+                nats += loss.item()
+                right += (scores.argmax(dim=-1) == wanted).sum().item() * weight
+            norm = update(optimizers, scaler, classifier, settings, distributed is not None)
+            refused = 0 if torch.isfinite(norm) else refused + 1
+            if refused == 20:
+                raise UserError(f"the gradient has not been finite for {refused} steps at step {step}: lower lr={settings.lr}")
+            seen += len(batch)
+            step += 1
+            bar.set_postfix_str(f"epoch {epoch + 1}, lr {settings.lr * factor:.1e}", refresh=False)
+            bar.update()
+
+        if not seen:  # the time was up between two epochs
+            break
+        epoch += 1
+        share = share_done(settings, step, minutes, step / steps)
+        nats, right = rt.add_up(runtime, nats, right)
+        told = dict(epoch=epoch, loss=nats / seen, train_accuracy=right / seen)
+        if len(validation):
+            probabilities = classify(classifier, linear, rows, whole, validation, settings.test_batch, width, runtime)
+            figures = data.measure(probabilities, labels[validation], names)
+            told |= dict(validation=figures["accuracy"], validation_auc=figures["auc"])
+        history.append(told)
+        for name, value in told.items():
+            writer.add_scalar(name, value, step)
+        if runtime.main:
+            words = [f"{name.replace('_', ' ')} {round(value, 4)}" for name, value in told.items()]
+            bar.write(f"{', '.join(words)}, {(time.perf_counter() - begin) / 60:.1f} minutes")
+        worse += 1
+        value = lambda told: (told["validation"], told["validation_auc"])  # of few reviews many epochs get as many right
+        if best is None or not len(validation) or value(told) > value(best):
+            best, worse = told, 0
+            best_state = {name: value.cpu().clone() for name, value in classifier.state_dict().items()}
+            if runtime.main:
+                if epoch == 1 and (old := checkpoint.set_aside(folder)):
+                    bar.write(f"an earlier run's checkpoints are now in {old}")
+                save(folder, step, classifier, linear, tokenizer, names, block_size, settings, history)
+    bar.close()
+
+    classifier.load_state_dict(best_state)
+    metrics = dict(validation=None)
+    for name, members, other in (("validation", validation, linear), ("test", test, linear), ("test_without_ngrams", test, None)):
+        if len(members) and (linear or name != "test_without_ngrams"):
+            probabilities = classify(classifier, other, rows, whole, members, settings.test_batch, width, runtime)
+            metrics[name] = data.measure(probabilities, labels[members], names)
+    minutes = (time.perf_counter() - begin) / 60
+    for name in ("accuracy", "f1", "auc", "majority"):
+        writer.add_scalar(f"test/{name}", metrics["test"][name], step)
+    writer.add_scalar("minutes", minutes, step)
+    writer.add_text("test/confusion", str(metrics["test"]["confusion"]), step)
+    writer.close()
+    return metrics | dict(epoch=best["epoch"], history=history, filling=filling, trained=trained, folder=folder, minutes=minutes)
+
+
+def make_classifier(settings, runtime, names):
+    """(classifier, tokenizer, block size) from the checkpoint base_model, which is a GPT or a classifier."""
+    if settings.base_model is None:
+        raise UserError("base_model is not set; name a checkpoint, for example base_model=checkpoints/demo/best.pth")
+    gpt, tokenizer, meta = checkpoint.load_model(settings.base_model, corpus=settings.data_path)
+    earlier = meta.get("classifier")
+    gpt = extended(gpt, 0 if earlier else NEW, settings.dropout, like=SEP)
+    block_size = min(settings.block_size, gpt.config.block_size)
+    if block_size < settings.block_size:
+        runtime.say(f"block_size={block_size}, as in {settings.base_model}, not {settings.block_size}")
+    classifier = Classifier(gpt, len(names), settings.use_mask, settings.causal)
+    if earlier and earlier["names"] == names:
+        classifier.classifier.load_state_dict(earlier["head"])
+    return classifier, tokenizer, block_size
+
+
+def save(folder, step, classifier, linear, tokenizer, names, block_size, settings, history):
+    """Writes all that prediction needs into one checkpoint, which is also a GPT's."""
+    head = dict(head=classifier.classifier.state_dict(), names=names, block_size=block_size, use_mask=classifier.use_mask,
+                causal=classifier.causal, ngrams=linear.state() if linear else None)
+    content = checkpoint.describe(classifier.gpt, tokenizer) | dict(
+        classifier=head, optimizer=None, scaler=None, progress=dict(step=step, epoch=len(history)),
+        random=dict(seed=settings.seed), settings=dataclasses.asdict(settings), metrics=history[-1])
+    checkpoint.name_also(checkpoint.save(folder, step, content, keep=0), "best.pth")
+
+
+def load(path):
+    """(classifier, its n-gram model or None, tokenizer, what else was saved of it) of a file that `save` wrote."""
+    if not os.path.exists(path):
+        raise UserError(f"{path} does not exist; make it first, by the same command without --predict")
+    gpt, tokenizer, meta = checkpoint.load_model(path)
+    if "classifier" not in meta:
+        raise UserError(f"{path} is no classifier; make one: python sentimentalTrain.py config/demoSentimental.yaml base_model={path}")
+    saved = meta["classifier"]
+    classifier = Classifier(gpt, len(saved["names"]), saved["use_mask"], saved["causal"])
+    classifier.classifier.load_state_dict(saved["head"])
+    return classifier.eval(), Ngrams(**saved["ngrams"]) if saved["ngrams"] else None, tokenizer, saved
+
+
+def predict(path, texts, runtime):
+    """Prints a line for each text: label, tab, probability; an empty line for an empty text."""
+    classifier, linear, tokenizer, saved = load(path)
+    classifier.to(runtime.device)
+    width = None if saved["use_mask"] else saved["block_size"]
+    with tqdm(total=len(texts), unit="review", disable=None if runtime.main else True) as bar:
+        for first in range(0, len(texts), AT_ONCE):
+            part = [text.strip() for text in texts[first:first + AT_ONCE]]
+            real = np.array([i for i, text in enumerate(part) if text], dtype=np.int64)
+            lines = [""] * len(part)
+            if len(real):
+                whole = [ids.astype(np.int64) for ids in tokenizer.encode_batch([part[i] for i in real])]
+                rows = data.encode(whole, classifier.gpt.config.vocab_size - NEW, saved["block_size"])
+                probabilities = classify(classifier, linear, rows, whole, np.arange(len(rows)), 32, width, runtime, bar)
+                for i, row in zip(real, probabilities):
+                    lines[i] = f"{saved['names'][row.argmax()]}\t{row.max():.4f}"
+            runtime.say("\n".join(lines))
+
+
+@torch.no_grad()
+def classify(classifier, linear, rows, whole, members, batch_size, width, runtime, bar=None):
+    """(len(members), classes) probabilities, computed by all processes together.
+
+    With a `linear` model beside the GPT they are the normalised geometric mean of both.
+    """
+    logs = np.zeros((len(members), classifier.classifier.out_features))
+    batches = data.by_length(np.arange(len(members)), np.array([len(rows[i]) for i in members]), batch_size)
+    classifier.eval()
+    for batch in batches[runtime.rank::runtime.world]:
+        ids, ends, _ = tensors(rows, None, members[batch], width, runtime.device)
+        with runtime.autocast():
+            scores = classifier(ids, ends)
+        logs[batch] = scores.log_softmax(dim=-1).cpu()
+        if bar is not None:
+            bar.update(len(batch))
+    classifier.train()
+    logs = np.array(rt.add_up(runtime, *logs.ravel())).reshape(logs.shape)
+    if linear is not None:
+        logs = (logs + linear.log_probabilities([whole[i] for i in members])) / 2
+    probabilities = np.exp(logs - logs.max(axis=1, keepdims=True))
+    return probabilities / probabilities.sum(axis=1, keepdims=True)
+
+
+def tensors(rows, labels, members, width, device):
+    """ids (B, T), lengths (B,) and labels (B,) of some reviews, on the device."""
+    ids, lengths = data.pad([rows[i] for i in members], width)
+    wanted = labels[members] if labels is not None else lengths
+    return [torch.from_numpy(array).to(device) for array in (ids, lengths, wanted)]
+
+
+def count_pieces(settings, runtime):
+    """Into how many pieces a batch is cut: at least two, so that two processes compute what one does; auto is just that."""
+    rows = settings.train_batch if settings.micro_batch == "auto" else settings.micro_batch
+    return -(-max(2, -(-settings.train_batch // rows)) // runtime.world) * runtime.world
+
+
+def describe_run(runtime, classifier, trained, parts, lengths, filling):
+    """What is about to be trained, on what."""
+    training, validation, test = parts
+    parameters = classifier.gpt.count_parameters()
+    config, tokens = classifier.gpt.config, int(lengths[training].sum())
+    work = classifier.gpt.flops_per_token() - 6 * classifier.gpt.head.weight.numel()
+    for name, text in (
+            ("model", f"{config.arch}, {config.n_layer} layers, {config.n_embd} wide, {parameters / 1e6:.2f}M parameters, "
+                      f"{trained / 1e6:.2f}M of them trained"),
+            ("data", f"{len(training)} reviews to train on ({tokens:,} tokens, {filling:.2%} filling), "
+                     f"{len(validation)} to choose the epoch, {len(test)} to test"),
+            ("memory", f"about {(4 * parameters + 12 * trained) / 2**30:.2f} GiB of weights, gradients and optimizer"),
+            ("work", f"{work * tokens / (1 - filling) / 1e12:.1f} TFLOP an epoch")):
+        runtime.say(f"{name:<9} {text}")
+
+
+def tell(metrics, names):
+    """Metrics in words, the confusion matrix in the order of `names`."""
+    return (f"accuracy {metrics['accuracy']:.2%} (always the commonest: {metrics['majority']:.2%}), macro F1 {metrics['f1']:.4f}, "
+            f"ROC AUC {metrics['auc']:.4f}, confusion (true {'/'.join(names)} by predicted) {metrics['confusion']}")
+
+
+def percent(summary):
+    """Accuracy with its deviation over the runs."""
+    deviation = "" if summary["deviation"] is None else f" ± {100 * summary['deviation']:.2f}"
+    return f"{100 * summary['accuracy']:.2f}{deviation} %"
+
+
+def table(paths, several, results, target):
+    """The table of all configurations: printed, as Markdown, and as a picture."""
+    head = ["configuration", "mask", "frozen", "accuracy", "macro F1", "trained parameters", "minutes"]
+    lines = [[os.path.splitext(os.path.basename(path))[0], "yes" if settings.use_mask else "no", "yes" if settings.frozen else "no",
+              percent(result), f"{result['f1']:.4f}", f"{result['trained'] / 1e6:.2f}M", f"{result['minutes']:.1f}"]
+             for path, settings, result in zip(paths, several, results)]
+    widths = [max(len(line[i]) for line in [head] + lines) for i in range(len(head))]
+    rule = ["-" * width for width in widths]
+    text = "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in [head, rule] + lines)
+    print("\n" + text)
+    os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
+    with open(target + ".md", "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+    print(f"\nalso as {target}.md" + (f" and {target}.png" if picture(lines, results, target + ".png") else
+                                     "; the picture needs matplotlib: pip install matplotlib"))
+
+
+def picture(lines, results, path):
+    """Accuracies of the configurations as bars, with their deviation and the majority baseline; False without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(7, 0.9 + 0.55 * len(lines)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    titles = [f"{'mask' if line[1] == 'yes' else 'no mask'}, {'frozen' if line[2] == 'yes' else 'not frozen'}\n{line[0]}" for line in lines]
+    axes.barh(range(len(lines)), [100 * r["accuracy"] for r in results], xerr=[100 * (r["deviation"] or 0) for r in results],
+              color="#4878a8", capsize=3)
+    for place, line in enumerate(lines):
+        axes.text(1, place, line[3], va="center", ha="left", color="white")
+    axes.axvline(100 * results[0]["majority"], color="#b04030", linestyle="--", label="always the commonest class")
+    axes.set(xlim=(0, 100), yticks=range(len(lines)), yticklabels=titles, xlabel="test accuracy, %")
+    axes.invert_yaxis()
+    axes.legend(loc="lower right", fontsize="small")
+    figure.savefig(path, dpi=150)
+    return True
+
+
+if __name__ == "__main__":
+    settings_module.main(main)

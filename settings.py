@@ -1,0 +1,263 @@
+"""Settings: flat YAML plus `key=value` overrides, checked, into one frozen dataclass per script."""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+import sys
+import types
+import typing
+
+import yaml
+
+
+class UserError(Exception):
+    """Something a user can put right: `main` makes it one line on standard error and exit status 2."""
+
+
+def key(default, help, low=None, high=None, choices=None):
+    """A documented dataclass field. `low` and `high` are inclusive bounds."""
+    return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
+
+
+@dataclasses.dataclass(frozen=True)
+class Common:
+    """Keys that every script understands."""
+
+    device: str = key("auto", "auto, cpu, cuda, cuda:N or mps; a device that is not there falls back to the CPU and says so")
+    dtype: str = key("auto", "arithmetic of matrix products: auto is bfloat16 where the device computes it fast",
+                     choices=("auto", "float32", "bfloat16", "float16"))
+    seed: int = key(1337, "seed of weights, data order, dropout and sampling", low=0, high=2**32 - 1)
+    data_path: str | None = key(None, "corpus: .txt (an utterance a line, an empty line between dialogues) or .jsonl")
+    checkpoint_root: str = key("checkpoints", "folder that checkpoints are written to")
+    resume_from: str | None = key(None, "checkpoint to start from; auto: the newest in checkpoint_root, if there is one")
+
+
+@dataclasses.dataclass(frozen=True)
+class Training(Common):
+    """Keys of everything that trains."""
+
+    compile: bool = key(False, "compile the model's blocks with torch.compile")
+    block_size: int = key(256, "positions in a row: the longest context", low=2)
+    dropout: float = key(0.0, "dropout on embeddings, attention and residual branches", low=0, high=0.95)
+    train_percent: float = key(0.98, "share of the dialogues (reviews) that is trained on", low=0, high=1)
+    train_batch: int = key(16, "rows in a step, over all processes and accumulation", low=1)
+    test_batch: int = key(16, "rows at once in an evaluation", low=1)
+    micro_batch: int | str = key("auto", "rows that a process holds at once; the rest by gradient accumulation")
+    checkpointing: bool = key(False, "recompute activations in the backward pass: less memory, a third more time")
+    max_epoch: int = key(1919810, "stop after so many passes over the data", low=1)
+    max_steps: int | None = key(None, "stop after so many steps; the schedule ends there too", low=1)
+    max_minutes: float | None = key(None, "stop after so many minutes; the schedule ends there too", low=0)
+    patience: int | None = key(None, "stop after so many evaluations without improvement", low=1)
+    optimizer: str = key("adamw", "muon: Muon for hidden matrices, AdamW for the rest", choices=("adamw", "muon"))
+    lr: float = key(3e-4, "peak learning rate of AdamW", low=0)
+    muon_lr: float = key(0.02, "peak learning rate of Muon", low=0)
+    min_lr: float = key(0.0, "last learning rate of AdamW; Muon's keeps the same proportion", low=0)
+    warmup_steps: int = key(0, "steps of linear warm-up", low=0)
+    schedule: str = key("cosine", "wsd: warm-up, stable, then linear decay", choices=("cosine", "wsd"))
+    decay_steps: int | None = key(None, "steps until min_lr where neither max_steps nor max_minutes is set; empty: max_epoch's", low=1)
+    decay_share: float = key(0.6, "wsd: share of the run in which the rate falls", low=0, high=1)
+    weight_decay: float = key(0.1, "on matrices; vectors have none", low=0)
+    beta1: float = key(0.9, "AdamW", low=0, high=0.9999)
+    beta2: float = key(0.95, "AdamW", low=0, high=0.99999)
+    grad_clip: float = key(1.0, "largest norm of the gradient; 0: no clipping", low=0)
+    tensorboard_path: str | None = key("runs", "folder of TensorBoard's logs; empty: none")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings(Training):
+    """train.py: pretrain a GPT on dialogues."""
+
+    arch: str = key("gpt2", "gpt2: learned positions, LayerNorm, GELU; modern: RoPE, RMSNorm, QK-norm, SwiGLU", choices=("gpt2", "modern"))
+    n_layer: int = key(6, "blocks", low=1)
+    n_head: int = key(4, "attention heads", low=1)
+    n_kv_head: int | None = key(None, "heads of keys and values; empty: n_head", low=1)
+    n_embd: int = key(256, "width", low=1)
+    bias: bool = key(True, "gpt2: biases in Linear and LayerNorm (modern has none)")
+    tied: bool | None = key(None, "output layer shares the token embedding; empty: gpt2 yes, modern no")
+    tokenizer: str = key("char", "char, bpe, or the path of a tokenizer or checkpoint to take it from")
+    vocab_size: int | None = key(None, "largest vocabulary; empty: all characters (bpe: 8000)", low=4)
+    min_freq: int = key(1, "rarer characters become <unk>", low=1)
+    eval_freq: int = key(500, "steps between evaluations", low=1)
+    eval_steps: int | None = key(None, "batches of test_batch in an evaluation; empty: all that is held out", low=1)
+    save_freq: int = key(1000, "steps between checkpoints", low=1)
+    keep: int = key(2, "checkpoints kept beside the best and the last", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatSettings(Common):
+    """chat.py: talk with a checkpoint."""
+
+    seed: int | None = key(None, "same seed, same replies; empty: other ones each time", low=0)
+    quantize: str | None = key(None, "weights in 8 or 4 bits: less memory, faster", choices=("int8", "int4"))
+    temperature: float = key(0.65, "0: always the likeliest token", low=0)
+    top_k: int = key(0, "sample among the k likeliest tokens; 0: all", low=0)
+    top_p: float = key(0.92, "sample among the likeliest tokens that hold this share of probability", low=0, high=1)
+    min_p: float = key(0.0, "drop tokens under this share of the likeliest one's probability", low=0, high=1)
+    repetition_penalty: float = key(1.0, "above 1: tokens already in the reply become less likely", low=1)
+    no_repeat_ngram: int = key(3, "a reply never repeats so many tokens in a row; 0: may", low=0)
+    max_new_tokens: int = key(100, "longest reply", low=1)
+    best_of: int = key(1, "replies to choose from; they come in one batch, and the reply is not streamed", low=1, high=256)
+    mmi_weight: float = key(0.5, "best_of: how much a reply that is likely after anything at all is held against it", low=0)
+    history_path: str | None = key("~/.small_gpt_history", "file of the lines typed at the terminal; empty: forget them")
+
+
+@dataclasses.dataclass(frozen=True)
+class SentimentSettings(Training):
+    """sentimentalTrain.py: fine-tune a checkpoint into a classifier of reviews."""
+
+    sentimental_data_path: str = key("data/ChnSentiCorp_htl_all.csv", "CSV with the columns label and review")
+    base_model: str | None = key(None, "checkpoint to start from: a GPT or another classifier")
+    use_mask: bool = key(True, "True: read the class at <extract>; False: at the last position of the padded row")
+    frozen: bool = key(False, "train only the last block, the final norm, the head and the two new embeddings")
+    causal: bool = key(True, "False: while fine-tuning, positions see the later ones too")
+    ngrams: int = key(0, "add a linear model on the hashed 1- to n-grams of tokens to the scores; 0: none", low=0, high=8)
+    val_percent: float = key(0.1, "share of the training part that the epoch is chosen on; 0: take the last epoch", low=0, high=0.9)
+    seeds: list[int] | None = key(None, "repeat with each of these seeds (weights and split); empty: seed alone")
+    folds: int | None = key(None, "cross-validate: every review is tested once in so many parts", low=2)
+    split_path: str | None = key(None, "JSON list of test sets, each a list of reviews by number (from 0, empty ones not counted)")
+
+
+SCRIPTS = (TrainSettings, ChatSettings, SentimentSettings)
+IGNORED = {"ddp", "local_rank", "world_size"}  # the original's: torchrun's environment decides
+KNOWN = IGNORED.union(*({f.name for f in dataclasses.fields(script)} for script in SCRIPTS))
+
+
+def _allowed_types(hint):
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _parse(name, value, field, hint):
+    """`value` as the field's type; YAML and command lines give strings where numbers were meant."""
+    allowed = _allowed_types(hint)
+    if value is None or (isinstance(value, str) and value.strip().lower() in ("", "null", "none", "~")):
+        if types.NoneType in allowed:
+            return None
+        raise UserError(f"{name} is empty; it needs a value ({field.metadata['help']})")
+    for kind in allowed:
+        if kind is types.NoneType:  # dealt with above
+            continue
+        try:
+            if kind is bool:
+                parsed = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[str(value).lower()]
+            elif kind is int:
+                parsed = int(value) if isinstance(value, str) and value.lstrip("+-").isdigit() else int(float(value))
+                if isinstance(value, bool) or parsed != float(value):
+                    continue
+            elif kind is float:
+                parsed = float(value)
+                if isinstance(value, bool) or not math.isfinite(parsed):
+                    continue
+            elif typing.get_origin(kind) is list:
+                item = typing.get_args(kind)[0]
+                parts = value if isinstance(value, list) else str(value).strip("[]").split(",")
+                parsed = [item(part) for part in parts if str(part).strip()]
+            else:
+                parsed = str(value)
+        except (ValueError, KeyError, OverflowError, TypeError):
+            continue
+        low, high, choices = (field.metadata[k] for k in ("low", "high", "choices"))
+        if choices and parsed not in choices:
+            raise UserError(f"{name}={parsed} is none of {', '.join(choices)}")
+        if isinstance(parsed, (int, float)) and not isinstance(parsed, bool):
+            if (low is not None and parsed < low) or (high is not None and parsed > high):
+                raise UserError(f"{name}={value} must be {'' if low is None else f'at least {low}'}"
+                                f"{' and ' if None not in (low, high) else ''}{'' if high is None else f'at most {high}'}")
+        return parsed
+    plain = {types.NoneType: "empty", int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+    names = " or ".join(plain.get(kind, f"a list ({kind})") for kind in allowed)
+    raise UserError(f"{name}={value!r} must be {names} ({field.metadata['help']})")
+
+
+def read_yaml(path):
+    """The mapping in a YAML file, or a UserError that says what is wrong with it."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            values = yaml.safe_load(file) or {}
+    except FileNotFoundError:
+        folder = os.path.dirname(path) or "."
+        files = sorted(f for f in os.listdir(folder) if f.endswith((".yaml", ".yml"))) if os.path.isdir(folder) else []
+        raise UserError(f"{path} does not exist" + (f"; in {folder} there are {', '.join(files)}" if files else ""))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}")
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a list of `key: value` lines")
+    return values
+
+
+def build(script, values):
+    """A checked `script` dataclass from a mapping of any known keys; keys of other scripts are left out."""
+    for name in values:
+        if name not in KNOWN:
+            raise UserError(f"unknown key {name!r}; did you mean {_nearest(str(name))!r}? --help lists the keys")
+    hints = typing.get_type_hints(script)
+    parsed = {f.name: _parse(f.name, values[f.name], f, hints[f.name]) for f in dataclasses.fields(script) if f.name in values}
+    settings = script(**parsed)
+    _check_pairs(settings)
+    return settings
+
+
+def _nearest(name):
+    """The known key that is written most like `name`, or whose help speaks of it."""
+    words = name.replace("_", " ").lower()
+    meant = [f.name for script in SCRIPTS for f in dataclasses.fields(script) if words in f.metadata["help"].lower()]
+    return (difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.6) or meant or difflib.get_close_matches(name, KNOWN, n=1, cutoff=0))[0]
+
+
+def _check_pairs(settings):
+    has = lambda name: getattr(settings, name, None) is not None
+    if has("n_embd") and settings.n_embd % settings.n_head:
+        raise UserError(f"n_embd={settings.n_embd} cannot be split over n_head={settings.n_head}; "
+                        f"use a multiple of {settings.n_head} ({-(-settings.n_embd // settings.n_head) * settings.n_head})")
+    if has("n_embd") and settings.arch == "modern" and settings.n_embd // settings.n_head % 2:
+        raise UserError(f"arch=modern needs an even head size; n_embd={settings.n_embd} / n_head={settings.n_head} "
+                        f"is {settings.n_embd // settings.n_head}")
+    if has("n_kv_head") and settings.n_head % settings.n_kv_head:
+        raise UserError(f"n_head={settings.n_head} is not a multiple of n_kv_head={settings.n_kv_head}")
+    if has("min_lr") and settings.min_lr > settings.lr:
+        raise UserError(f"min_lr={settings.min_lr} is above lr={settings.lr}")
+    if has("micro_batch") and settings.micro_batch != "auto" and not (isinstance(settings.micro_batch, int) and settings.micro_batch > 0):
+        raise UserError(f"micro_batch={settings.micro_batch} must be auto or a number of rows, at least 1")
+    if has("train_percent") and not settings.train_percent > 0:
+        raise UserError("train_percent=0 leaves nothing to train on; use 0.98, say")
+
+
+def overrides(pairs):
+    """`["lr=1e-3", …]` as a mapping."""
+    values = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"{pair!r} is not of the form key=value")
+        values[name.strip()] = value
+    return values
+
+
+def describe_keys(script):
+    """The keys of a script, a line each, for --help."""
+    lines = []
+    for field in dataclasses.fields(script):
+        default = "-" if field.default is None else field.default
+        choices = f" [{', '.join(field.metadata['choices'])}]" if field.metadata["choices"] else ""
+        lines.append(f"  {field.name:<22}{field.metadata['help']}{choices} (default: {default})")
+    return "\n".join(lines)
+
+
+def parser(script, usage):
+    """What the command lines of all scripts share: --help with the keys."""
+    return argparse.ArgumentParser(
+        description=script.__doc__, usage=usage, epilog="keys (YAML or key=value):\n" + describe_keys(script).replace("%", "%%"),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def main(function):
+    """Runs a script's `function`; a UserError becomes one line and exit status 2."""
+    try:
+        return function()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2)
+    except BrokenPipeError:  # `… | head`: the reader has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1)

@@ -1,0 +1,98 @@
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import data
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@pytest.fixture(autouse=True)
+def bench_is_importable(monkeypatch):
+    monkeypatch.syspath_prepend(os.path.join(ROOT, "bench"))
+
+
+def lines(path):
+    with open(path) as file:
+        return [json.loads(line) for line in file]
+
+
+def in_memory(*dialogues):
+    documents = data.Documents.__new__(data.Documents)
+    documents.ids = np.array(sum(([*ids, 2] for ids in dialogues), []), dtype=np.uint16)
+    documents.offsets = np.cumsum([0, *(len(ids) + 1 for ids in dialogues)])
+    return documents
+
+
+def test_a_score_counts_each_token_of_each_dialogue_once_whatever_the_batches():
+    import common
+    documents = in_memory([5, 6, 7], [8], list(range(10, 40)))
+    seen = []
+
+    def nats(inputs, targets):
+        seen.extend(targets[targets != data.IGNORE].tolist())
+        return (targets != data.IGNORE).sum() * 1.5
+
+    for tokens in (8, 10000):
+        seen.clear()
+        assert common.score(nats, documents, 64, torch.device("cpu"), tokens) == 1.5
+        assert sorted(seen) == sorted([6, 7, 2, 2, *range(11, 40), 2])
+
+
+def test_our_loss_of_a_packed_row_is_the_shared_score():
+    import common
+
+    from model import GPT, GPTConfig
+    documents = in_memory(*[[3 + (i * j) % 20 for j in range(1 + i % 9)] for i in range(30)])
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=24, arch="modern", n_layer=2, n_head=2, n_embd=16, block_size=32)).eval()
+    torch.nn.init.normal_(model.head.weight)
+    for block in model.blocks:
+        torch.nn.init.normal_(block.attention.out.weight)
+    rows = data.Epoch(documents, 32, 0, 0)
+    inputs, targets, numbers = map(torch.from_numpy, rows.batch(0, len(rows)))
+    with torch.no_grad():
+        packed = model.loss(inputs, targets, numbers).item() / rows.real_targets(0, len(rows))
+    assert common.score(model.loss, documents, 32, torch.device("cpu")) == pytest.approx(packed, rel=1e-5)
+
+
+def test_the_original_recipe_trains_on_pads_and_goes_on_from_its_state(tmp_path):
+    import common
+    import original
+    settings = common.settings_module.build(common.TrainSettings, dict(n_layer=1, n_head=2, n_embd=16, block_size=8, device="cpu"))
+    runtime = common.start(settings)
+    make = lambda: original.contender(settings, in_memory([5, 6, 7], list(range(10, 30))), 32, runtime, batch=2)
+    run = make()
+    (inputs, targets), count = next(run.batches)
+    short = inputs[:, 0] == 5
+    assert inputs[short].tolist() == [[5, 6, 7, 2, 2, 2, 2, 2]] and targets[short].tolist() == [[6, 7, 2, 2, 2, 2, 2, 2]]
+    assert targets[~short].tolist() == [[*range(11, 18), 2]] and count == 3 + 8
+    run.train(0.05)
+    run.save(str(tmp_path / "x/state.pth"))
+    again = make()
+    again.load(str(tmp_path / "x/state.pth"))
+    assert again.steps == run.steps > 0
+    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), again.model.parameters()))
+
+
+def test_every_benchmark_runs_in_smoke_mode(tmp_path, capsys):
+    import original
+    import prepare
+    import throughput
+    import time_to_loss
+    results = str(tmp_path / "results.jsonl")
+    options = ["--smoke", "--results", results]
+    original.main([*options, "--state", str(tmp_path / "original.pth")])
+    throughput.main([*options, "--only", "ours_eager,original,nanogpt_eager"])
+    prepare.main(options)
+    for _ in range(2):  # the second call finds all done
+        time_to_loss.main([*options, "--state", str(tmp_path / "baseline.pth"), "--png", str(tmp_path / "curves.png")])
+    found = lines(results)
+    assert [line["name"] for line in found if line["bench"] == "throughput"] == ["ours_eager", "original", "nanogpt_eager"]
+    assert {line["way"] for line in found if line["bench"] == "prepare"} == {"ours", "original"}
+    (run,) = [line for line in found if line["bench"] == "time_to_loss"]
+    assert run["steps"] == 10 and 0 < run["training"] < run["all_in"] and 2 < run["loss"] < 10
+    assert os.path.getsize(tmp_path / "curves.png") > 1000 and "real tokens/s" in capsys.readouterr().out

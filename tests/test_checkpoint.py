@@ -1,0 +1,206 @@
+"""Checkpoint files: safe to read, whole or absent, pruned, found again."""
+
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import pytest
+import torch
+
+import checkpoint
+import tokenizer
+from model import GPT, GPTConfig
+from settings import UserError
+
+ROOT = os.path.dirname(os.path.dirname(__file__))
+
+
+def make_content(step=0):
+    torch.manual_seed(step)
+    vocabulary = tokenizer.CharTokenizer("你好呀")
+    model = GPT(GPTConfig(vocab_size=vocabulary.size, block_size=8, n_layer=1, n_head=1, n_embd=8))
+    return checkpoint.describe(model, vocabulary) | dict(progress=dict(step=step), settings={}, metrics={})
+
+
+def test_a_saved_model_comes_back_with_its_tokenizer(tmp_path):
+    content = make_content()
+    path = checkpoint.save(str(tmp_path / "new"), 5, content)
+    assert sorted(os.listdir(tmp_path / "new")) == ["cpt5.pth", "last.pth"]
+    model, vocabulary, meta = checkpoint.load_model(path)
+    assert not model.training and vocabulary.vocabulary == "你好呀" and meta["progress"]["step"] == 0
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, content["model"][name])
+    assert model.head.weight is model.embedding.weight
+
+
+class Evil:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return open, (self.target, "w")
+
+
+@pytest.mark.parametrize("kind", ["zip", "pickle", "inside"])
+def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path, kind):
+    target, path = str(tmp_path / "created"), str(tmp_path / "cpt1.pth")
+    if kind == "pickle":
+        with open(path, "wb") as file:
+            pickle.dump(Evil(target), file, protocol=2)
+    else:
+        torch.save(make_content() | dict(format=checkpoint.FORMAT, more=Evil(target)) if kind == "inside" else Evil(target), path)
+    with pytest.raises(UserError, match="refused: it is damaged, or it would run code"):
+        checkpoint.load_model(path)
+    assert not os.path.exists(target)
+    torch.load(path, weights_only=False) if kind != "pickle" else pickle.load(open(path, "rb"))  # it would have
+    assert os.path.exists(target)
+
+
+def test_a_damaged_file_is_an_error_of_one_line_wherever_it_is_damaged(tmp_path):
+    path = checkpoint.save(str(tmp_path), 1, make_content())
+    whole = open(path, "rb").read()
+    rng = random.Random(0)
+    broken = str(tmp_path / "broken.pth")
+    for number in range(60):
+        data = bytearray(whole[:rng.randrange(len(whole))] if number % 2 else whole)
+        for _ in range(20):
+            if data:
+                data[rng.randrange(len(data))] = rng.randrange(256)
+        with open(broken, "wb") as file:
+            file.write(data)
+        try:
+            checkpoint.load_model(broken)
+        except UserError as error:
+            assert "\n" not in str(error) and broken in str(error)
+
+
+@pytest.mark.parametrize("change", [lambda c: c.pop("model"), lambda c: c.pop("tokenizer"), lambda c: c["config"].update(n_embd=16),
+                                    lambda c: c["config"].update(unknown=1), lambda c: c["model"].pop("norm.weight"),
+                                    lambda c: c.update(format=99), lambda c: c.clear()])
+def test_a_file_of_other_content_is_refused(tmp_path, change):
+    content = make_content() | dict(format=checkpoint.FORMAT)
+    change(content)
+    torch.save(content, tmp_path / "cpt1.pth")
+    with pytest.raises(UserError, match="damaged or was changed|not a checkpoint of this program"):
+        checkpoint.load_model(str(tmp_path / "cpt1.pth"))
+
+
+def test_other_files_are_refused(tmp_path):
+    for name, data in (("empty", b""), ("text", b"hello\n"), ("yaml", b"lr: 1\n")):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match=name):
+            checkpoint.load_model(str(tmp_path / name))
+    with zipfile.ZipFile(tmp_path / "zip", "w") as file:
+        file.writestr("a", "b")
+    for name in ("zip", "missing", ""):
+        with pytest.raises(UserError):
+            checkpoint.load_model(str(tmp_path / name))
+
+
+def test_auto_falls_back_from_a_damaged_newest_file_with_a_warning(tmp_path, capsys):
+    for step in (9, 10, 100):
+        checkpoint.save(str(tmp_path), step, make_content(step), keep=5)
+    path, content = checkpoint.newest(str(tmp_path))
+    assert path.endswith("cpt100.pth") and content["progress"]["step"] == 100  # by number, not by name
+    newest = tmp_path / "cpt100.pth"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    path, content = checkpoint.newest(str(tmp_path))
+    assert path.endswith("cpt10.pth") and content["progress"]["step"] == 10
+    assert "warning" in (warning := capsys.readouterr().err) and "cpt100.pth" in warning and warning.count("\n") == 1
+    assert checkpoint.newest(str(tmp_path / "none")) == (None, None)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2, 5])
+def test_so_many_are_kept_beside_the_best_and_the_last(tmp_path, keep):
+    folder = str(tmp_path)
+    for step in range(1, 9):
+        path = checkpoint.save(folder, step, make_content(step), keep)
+        if step == 2:
+            checkpoint.name_also(path, "best.pth")
+    assert [step for step, _ in checkpoint.numbered(folder)] == list(range(8, 8 - keep - 1, -1))
+    assert checkpoint.read(os.path.join(folder, "best.pth"))["progress"]["step"] == 2
+    assert checkpoint.read(os.path.join(folder, "last.pth"))["progress"]["step"] == 8
+    assert len(os.listdir(folder)) == keep + 3
+
+
+def test_naming_twice_leaves_nothing_behind_and_changes_no_other_file(tmp_path):
+    first, second = (checkpoint.save(str(tmp_path), step, make_content(step)) for step in (1, 2))
+    for path in (first, first, second, second):
+        checkpoint.name_also(path, "best.pth")
+    assert sorted(os.listdir(tmp_path)) == ["best.pth", "cpt1.pth", "cpt2.pth", "last.pth"]
+    assert checkpoint.read(first)["progress"]["step"] == 1
+    assert checkpoint.read(str(tmp_path / "best.pth"))["progress"]["step"] == 2
+
+
+def test_an_earlier_run_is_set_aside_and_stays_readable(tmp_path):
+    assert checkpoint.set_aside(str(tmp_path / "none")) is None and checkpoint.set_aside(str(tmp_path)) is None
+    path = checkpoint.save(str(tmp_path), 3, make_content(3))
+    checkpoint.name_also(path, "best.pth")
+    (tmp_path / "notes.txt").write_text("mine")
+    target = checkpoint.set_aside(str(tmp_path))
+    assert sorted(os.listdir(target)) == ["best.pth", "cpt3.pth", "last.pth"]
+    assert sorted(os.listdir(tmp_path)) == sorted([os.path.basename(target), "notes.txt"])
+    assert checkpoint.newest(target)[1]["progress"]["step"] == 3 and checkpoint.newest(str(tmp_path)) == (None, None)
+    checkpoint.save(str(tmp_path), 1, make_content(1))
+    assert checkpoint.set_aside(str(tmp_path)) != target  # within the same second too
+
+
+SAVING = """
+import sys
+sys.path.insert(0, sys.argv[2])
+import torch
+import checkpoint
+print("ready", flush=True)
+for step in range(1, 10**6):
+    path = checkpoint.save(sys.argv[1], step, dict(progress=dict(step=step), model=dict(weight=torch.full((300_000,), step))), keep=1)
+    if step % 3 == 1:
+        checkpoint.name_also(path, "best.pth")
+"""
+
+
+def test_a_kill_at_any_moment_leaves_only_whole_checkpoints(tmp_path):
+    rng = random.Random(0)
+    for number in range(2):
+        folder = str(tmp_path / str(number))
+        process = subprocess.Popen([sys.executable, "-c", SAVING, folder, ROOT], stdout=subprocess.PIPE, text=True)
+        try:
+            assert process.stdout.readline() == "ready\n"
+            while not os.path.exists(os.path.join(folder, "cpt4.pth")):
+                time.sleep(0.001)
+                assert process.poll() is None
+            time.sleep(rng.random() * 0.2)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            process.stdout.close()
+        names = [name for name in os.listdir(folder) if not name.startswith(".")]
+        assert {"best.pth", "last.pth"} <= set(names) and len(names) <= 5
+        for name in names:
+            content = checkpoint.read(os.path.join(folder, name))
+            assert (content["model"]["weight"] == content["progress"]["step"]).all()
+
+
+def test_what_a_killed_run_left_half_written_is_cleared_later(tmp_path):
+    old, young = tmp_path / ".saving-old", tmp_path / ".saving-young"
+    old.write_bytes(b"half")
+    young.write_bytes(b"half")
+    os.utime(old, (1, 1))
+    checkpoint.save(str(tmp_path), 1, make_content())
+    assert not old.exists() and young.exists()  # the young one may be another run's, at work
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path):
+    class Unsaveable:
+        def __reduce__(self):
+            raise OSError(28, "No space left on device")
+
+    checkpoint.save(str(tmp_path), 1, make_content(1))
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(str(tmp_path), 2, make_content(2) | dict(more=Unsaveable()))
+    assert sorted(os.listdir(tmp_path)) == ["cpt1.pth", "last.pth"]
+    assert checkpoint.newest(str(tmp_path))[1]["progress"]["step"] == 1

@@ -1,0 +1,217 @@
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+import data
+import tokenizer
+from settings import TrainSettings, UserError, build
+from tokenizer import PAD, SEP
+
+
+def make_settings(path, **more):
+    return build(TrainSettings, dict(data_path=str(path)) | more)
+
+
+def in_memory(dialogues):
+    """A Documents of given dialogues (lists of ids without the end)."""
+    documents = data.Documents.__new__(data.Documents)
+    ended = [[*ids, PAD] for ids in dialogues]
+    documents.ids = np.array([i for ids in ended for i in ids], dtype=np.uint16)
+    documents.offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in ended])]).astype(np.int64)
+    return documents
+
+
+DIALOGUES = [["你好", "你好呀"], ["吃了吗", "吃了", "吃的什么"], ["晚安"]]
+
+
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_text_is_read_with_and_without_bom_and_with_either_line_end(tmp_path, bom, end):
+    text = end.join([*DIALOGUES[0], "", "", *DIALOGUES[1], "  ", *DIALOGUES[2]])
+    path = tmp_path / "c.txt"
+    path.write_bytes((bom + text).encode())
+    assert list(data.read_dialogues(str(path))) == ["\n".join(d) for d in DIALOGUES]
+
+
+def test_both_forms_of_jsonl_are_read(tmp_path):
+    path = tmp_path / "c.jsonl"
+    turns = [{"role": "system", "content": "x"}, {"role": "user", "content": "你\n好"}, {"role": "assistant", "content": "嗯"}]
+    lines = [{"messages": turns},
+             {"conversations": [{"from": "human", "value": "吃了吗"}, {"from": "gpt", "value": "吃了"}]}]
+    path.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    assert list(data.read_dialogues(str(path))) == ["你 好\n嗯", "吃了吗\n吃了"]
+
+
+def test_half_an_emoji_in_jsonl_becomes_a_question_mark(tmp_path):
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "好\\ud83d"}, {"role": "assistant", "content": "嗯"}]}\n')
+    assert list(data.read_dialogues(str(path))) == ["好?\n嗯"]
+
+
+def test_what_a_killed_preparation_left_goes_after_an_hour(tmp_path):
+    (tmp_path / "c.txt").write_text("你好\n你好\n\n再见\n再见\n")
+    for name, age in (("old", 4000), ("new", 10)):
+        file = tmp_path / ".cache" / f".making-{name}" / "train.bin"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"x")
+        for path in (file, file.parent):
+            os.utime(path, (time.time() - age,) * 2)
+    data.prepare(make_settings(tmp_path / "c.txt", train_percent=0.5))
+    assert [path.name for path in (tmp_path / ".cache").glob(".making-*")] == [".making-new"]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("a.txt", "你好\n吃了吗".encode("gb18030"), "not UTF-8"),
+    ("b.jsonl", b'{"text": 1}', "line 1"),
+    ("c.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}\n{', "line 2"),
+    ("d.txt", b"\n\n", "no dialogue"),
+    ("e.txt", "一句\n两句".encode(), "one dialogue"),
+])
+def test_a_corpus_that_cannot_be_used_is_one_line_and_leaves_nothing(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        data.prepare(make_settings(tmp_path / name))
+    assert [*tmp_path.glob(".cache/*")] == []
+
+
+def test_a_missing_corpus_says_where_to_get_one(tmp_path):
+    with pytest.raises(UserError, match="does not exist.*download"):
+        data.prepare(make_settings(tmp_path / "none.txt"))
+
+
+def write_corpus(path, count=200):
+    path.write_text("\n\n".join("\n".join(f"第{i}句{'话' * (i % 7)}{j}" for j in range(1 + i % 4)) for i in range(count)))
+
+
+def test_the_store_holds_the_corpus_split_by_dialogue_and_its_vocabulary_is_of_the_training_part(tmp_path):
+    path = tmp_path / "c.txt"
+    write_corpus(path)
+    with open(path, "a") as file:
+        file.write("\n\n" + "\n\n".join("龘" for _ in range(1)))
+    settings = make_settings(path, train_percent=0.9)
+    store = data.prepare(settings)
+    made = tokenizer.load(os.path.join(store, "tokenizer.json"))
+    texts = {part: [] for part in ("train", "val")}
+    for part, found in texts.items():
+        documents = data.Documents(store, part)
+        for begin, end in zip(documents.offsets[:-1], documents.offsets[1:]):
+            assert documents.ids[end - 1] == PAD
+            found.append(made.decode(documents.ids[begin:end - 1].tolist()))
+    corpus = list(data.read_dialogues(str(path)))
+    mask = data.split_mask(len(corpus), 0.9, settings.seed)
+    assert texts["train"] == [d for d, m in zip(corpus, mask) if m] and len(texts["val"]) == 20
+    assert set(made.vocabulary) == set("".join(texts["train"])) - {"\n"}
+
+
+def test_the_store_is_made_once_and_again_when_the_corpus_changes(tmp_path):
+    path = tmp_path / "c.txt"
+    write_corpus(path)
+    first = data.prepare(make_settings(path))
+    stamp = os.stat(os.path.join(first, "train.bin")).st_mtime_ns
+    assert data.prepare(make_settings(path)) == first and os.stat(os.path.join(first, "train.bin")).st_mtime_ns == stamp
+    write_corpus(path, 201)
+    assert data.prepare(make_settings(path)) != first
+
+
+dialogue = st.lists(st.integers(3, 9) | st.just(SEP), min_size=1, max_size=60)
+
+
+@given(st.lists(dialogue, min_size=1, max_size=40), st.integers(2, 40), st.integers(0, 5), st.integers(0, 3))
+@hypothesis_settings(deadline=None)
+def test_an_epoch_holds_every_token_exactly_once(dialogues, block_size, seed, number):
+    documents = in_memory(dialogues)
+    epoch = data.Epoch(documents, block_size, seed, number)
+    inputs, targets, numbers = epoch.batch(0, len(epoch) + 2)
+    real = targets != data.IGNORE
+    assert real.sum() == epoch.real_targets(0, len(epoch) + 2) == len(documents.ids) - len(dialogues)
+    assert ((numbers >= 0) == real).all()
+    # Each piece continues somewhere in some dialogue; together they score each token but the first exactly once.
+    scored = []
+    for row in range(len(inputs)):
+        for piece in np.unique(numbers[row][real[row]]):
+            at = numbers[row] == piece
+            assert (inputs[row][at][1:] == targets[row][at][:-1]).all()
+            scored.append((inputs[row][at][0], *targets[row][at]))
+    whole = sorted((*ids, PAD) for ids in dialogues if len(ids) <= block_size)
+    counted = sorted(piece for piece in scored)
+    for piece in whole:
+        counted.remove(piece)  # a dialogue that fits stands in one row, whole
+    for piece in counted:
+        assert len(piece) <= block_size + 1
+    starts = np.zeros(len(documents.ids), dtype=int)
+    for start, length in zip(epoch.starts, epoch.lengths):
+        starts[start + 1:start + length + 1] += 1
+        ids = documents.ids[start:start + length + 1]
+        ends_dialogue = start + length + 1 in documents.offsets
+        if not ends_dialogue and SEP in ids[1:]:
+            assert ids[-1] == SEP  # cut between utterances where there is a place for it
+        assert ends_dialogue or ids[-1] != PAD  # never a false ending
+    expected = np.ones(len(documents.ids), dtype=int)
+    expected[documents.offsets[:-1]] = 0
+    assert (starts == expected).all()
+
+
+@given(st.lists(dialogue, min_size=1, max_size=20), st.integers(4, 30), st.integers(1, 7))
+@hypothesis_settings(deadline=None)
+def test_batches_are_slices_of_the_epoch_whatever_their_size(dialogues, block_size, size):
+    epoch = data.Epoch(in_memory(dialogues), block_size, 0, 0)
+    whole = epoch.batch(0, len(epoch))
+    for begin in range(0, len(epoch), size):
+        part = epoch.batch(begin, min(begin + size, len(epoch)))
+        for a, b in zip(part[:2], whole[:2]):
+            assert (a == b[begin:begin + size]).all()
+
+
+def test_the_order_is_a_function_of_seed_and_epoch_alone():
+    documents = in_memory([[3 + i % 50] * (1 + i % 9) for i in range(300)])
+    same, again, other, later = (data.Epoch(documents, 32, *where).batch(0, 10)[0] for where in ((1, 0), (1, 0), (2, 0), (1, 1)))
+    assert (same == again).all() and not (same == other).all() and not (same == later).all()
+
+
+def test_dialogues_like_real_ones_are_packed_with_at_most_two_percent_filling():
+    rng = np.random.default_rng(0)
+    lengths = np.minimum(1 + rng.lognormal(3.5, 1.0, 20_000).astype(int), 1000)
+    epoch = data.Epoch(in_memory([[3] * n for n in lengths]), 256, 0, 0)
+    assert epoch.filling <= 0.02
+
+
+LARGE = """
+import resource, sys, time
+import data
+from settings import TrainSettings, build
+begin = time.perf_counter()
+store = data.prepare(build(TrainSettings, dict(data_path=sys.argv[1])))
+print(time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+@pytest.mark.soak
+def test_the_published_corpus_size_is_prepared_in_30_seconds_and_1_gb(tmp_path):
+    rng = np.random.default_rng(0)
+    letters = np.array([chr(0x4E00 + i) for i in range(7000)])
+    with open(tmp_path / "large.txt", "w", encoding="utf-8") as file:
+        for _ in range(500):
+            lines = ["".join(line) for line in letters[(rng.zipf(1.3, (3000, 20)) - 1) % 7000]]
+            file.write("\n\n".join("\n".join(lines[i:i + 3]) for i in range(0, 3000, 3)) + "\n\n")
+        file.write("最后一句\n好")
+    done = subprocess.run([sys.executable, "-c", LARGE, str(tmp_path / "large.txt")], capture_output=True, text=True, check=True)
+    seconds, megabytes = map(float, done.stdout.split())
+    assert seconds < 30 and megabytes < 1024, (seconds, megabytes)
+
+
+def test_reading_a_corpus_takes_no_memory_of_its_size(tmp_path):
+    with open(tmp_path / "c.txt", "w") as file:
+        for _ in range(60_000):
+            file.write("这是一句不长也不短的话，用来占地方。\n嗯，知道了。\n\n")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert sum(1 for _ in data.read_dialogues(str(tmp_path / "c.txt"))) == 60_000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2048  # KiB; the file has 4,600

@@ -1,0 +1,169 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import GPT, GPTConfig, KVCache, Sampling, adjust, generate, sample
+
+SHAPES = {"gpt2": dict(arch="gpt2", n_head=4), "modern": dict(arch="modern", n_head=4, n_kv_head=2)}
+
+
+@pytest.fixture(params=SHAPES)
+def model(request):
+    torch.manual_seed(0)
+    made = GPT(GPTConfig(vocab_size=100, block_size=64, n_layer=3, n_embd=64, **SHAPES[request.param])).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():  # so that nothing is 0 and greedy tokens vary
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return made
+
+
+@pytest.mark.parametrize(("shape", "tied", "millions", "within"), [((12, 12, None, 768), True, 90, 3), ((26, 15, None, 960), None, 300, 6)])
+@pytest.mark.parametrize("arch", ["gpt2", "modern"])
+def test_the_published_shapes_have_their_sizes(shape, tied, millions, within, arch):
+    with torch.device("meta"):
+        made = GPT(GPTConfig(7587, arch, 256, *shape, tied=tied))
+    assert abs(made.count_parameters() / 1e6 - millions) <= within
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@torch.no_grad()
+def test_cached_generation_equals_uncached(model, batch):
+    prompts = [[5, 6, 7, 8, 9], [10, 11, 12], [50] * 20, [3]][:batch]
+    cached = torch.stack(list(generate(model, prompts, Sampling(temperature=0, max_new_tokens=30))), dim=1).tolist()
+    for prompt, found in zip(prompts, cached):
+        ids = list(prompt)
+        for _ in range(30):
+            logits = model.logits(model.hidden(torch.tensor([ids]))[:, -1])
+            logits[:, 0] = -1e9
+            ids.append(logits.argmax().item())
+        assert found == ids[len(prompt):]
+
+
+@torch.no_grad()
+def test_a_cache_goes_on_where_it_was_left(model):
+    cache = KVCache(model.config, 1, 64, "cpu", torch.float32)
+    sampling = Sampling(temperature=0, max_new_tokens=5)
+    first = torch.cat(list(generate(model, [[5, 6, 7]], sampling, cache=cache))).tolist()
+    assert cache.length == 3 + 4  # the last token is not in yet
+    second = torch.cat(list(generate(model, [[first[-1], 9, 10]], sampling, cache=cache))).tolist()
+    whole = torch.cat(list(generate(model, [[5, 6, 7, *first, 9, 10]], sampling))).tolist()
+    assert second == whole
+
+
+@torch.no_grad()
+def test_a_document_packed_with_others_has_the_logits_it_has_alone(model):
+    a, b = torch.randint(3, 100, (1, 20)), torch.randint(3, 100, (1, 30))
+    filling = torch.full((1, 14), 2)
+    numbers = torch.tensor([[0] * 20 + [1] * 30 + [-1] * 14])
+    packed = model.logits(model.hidden(torch.cat([a, b, filling], dim=1), numbers))
+    torch.testing.assert_close(packed[:, :20], model.logits(model.hidden(a)))
+    torch.testing.assert_close(packed[:, 20:50], model.logits(model.hidden(b)))
+
+
+def test_padding_changes_no_loss_and_no_gradient(model):
+    ids, targets = torch.randint(3, 100, (2, 24)), torch.randint(3, 100, (2, 24))
+    numbers = torch.zeros_like(ids)
+    plain = model.loss(ids, targets, numbers)
+    plain.backward()
+    wanted = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    pad = lambda tensor, value: F.pad(tensor, (0, 40), value=value)
+    padded = model.loss(pad(ids, 2), pad(targets, -100), pad(numbers, -1))
+    padded.backward()
+    torch.testing.assert_close(padded, plain)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad[:24] if name == "positions.weight" else parameter.grad,
+                                   wanted[name][:24] if name == "positions.weight" else wanted[name], rtol=1e-4, atol=1e-4)
+
+
+def test_the_chunked_loss_has_the_value_and_gradients_of_cross_entropy(model, monkeypatch):
+    monkeypatch.setattr("model.LOSS_ROWS", 50)
+    ids, targets = torch.randint(0, 100, (4, 64)), torch.randint(0, 100, (4, 64))
+    targets[0, :7] = -100
+    loss = model.loss(ids, targets)
+    loss.backward()
+    found = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    plain = F.cross_entropy(model.logits(model.hidden(ids)).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    plain.backward()
+    torch.testing.assert_close(loss, plain)
+    for gradient, parameter in zip(found, model.parameters()):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(model.loss(ids, targets), plain)
+
+
+def test_bfloat16_loss_is_near_the_float32_one(model):
+    ids, targets = torch.randint(0, 100, (4, 64)), torch.randint(0, 100, (4, 64))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model.loss(ids, targets)
+    torch.testing.assert_close(low, model.loss(ids, targets), rtol=0.01, atol=0)
+
+
+def test_checkpointed_activations_give_the_same_gradients(model):
+    model.train()
+    ids = torch.randint(0, 100, (2, 32))
+    model.loss(ids, ids).backward()
+    wanted = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model.checkpointing = True
+    model.loss(ids, ids).backward()
+    for gradient, parameter in zip(wanted, model.parameters()):
+        torch.testing.assert_close(gradient, parameter.grad)
+
+
+def test_compiled_parts_keep_names_and_values(model):
+    ids = torch.randint(0, 100, (2, 64))
+    plain, names = model.loss(ids, ids), list(model.state_dict())
+    model.compile_parts()
+    torch.testing.assert_close(model.loss(ids, ids), plain)
+    assert list(model.state_dict()) == names
+
+
+def test_the_written_out_attention_is_the_library_one(model, monkeypatch):
+    ids = torch.randint(3, 100, (2, 32))
+    written = model.hidden(ids)
+    monkeypatch.setattr("model.attend", lambda q, k, v, mask, dropout: F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    torch.testing.assert_close(model.hidden(ids), written)
+
+
+@torch.no_grad()
+def test_unk_and_ids_beyond_the_vocabulary_are_never_sampled(model):
+    model.head.weight[0] = 100.0
+    model.head.weight[100:] = 100.0
+    ids = torch.stack(list(generate(model, [[5]] * 50, Sampling(temperature=5.0, max_new_tokens=20))))
+    assert ids.min() > 0 and ids.max() < 100
+
+
+def test_sampling_options_do_what_they_say():
+    logits = torch.tensor([[0.0, 4.0, 3.0, 2.0, -5.0]])
+    empty = torch.empty((1, 0), dtype=torch.long)
+
+    def left(history=empty, **options):
+        return adjust(logits, history, Sampling(temperature=1.0, **options)).isfinite()[0].nonzero()[:, 0].tolist()
+
+    assert left() == [1, 2, 3, 4]
+    assert left(top_k=2) == [1, 2]
+    assert left(top_p=0.7) == [1, 2]
+    assert left(min_p=0.2) == [1, 2]
+    assert left(torch.tensor([[1, 2, 1]]), no_repeat_ngram=2) == [1, 3, 4]
+    assert sample(logits, empty, Sampling(temperature=0)).tolist() == [1]
+    assert sample(logits, torch.tensor([[1]]), Sampling(temperature=0, repetition_penalty=2.0)).tolist() == [2]
+
+
+def test_sampled_tokens_follow_the_probabilities():
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.tensor([0.0, 0.6, 0.3, 0.1])
+    empty = torch.empty((20_000, 0), dtype=torch.long)
+    drawn = sample(probabilities.log().expand(20_000, 4), empty, Sampling(temperature=1.0), generator)
+    torch.testing.assert_close(drawn.bincount(minlength=4) / 20_000, probabilities, atol=0.02, rtol=0)
+
+
+@torch.no_grad()
+def test_generation_stops_at_a_stop_id_and_where_the_context_is_full(model):
+    free = torch.cat(list(generate(model, [[5, 6]], Sampling(temperature=0, max_new_tokens=20)))).tolist()
+    stopped = torch.cat(list(generate(model, [[5, 6]], Sampling(temperature=0, max_new_tokens=20), stop=[free[3]]))).tolist()
+    assert stopped == free[:free.index(free[3]) + 1]
+    assert len(list(generate(model, [[5] * 60], Sampling(max_new_tokens=50)))) == 5  # 60 + 4 places, and one more token
+    with pytest.raises(ValueError, match="does not fit"):
+        next(generate(model, [[5] * 65], Sampling()))

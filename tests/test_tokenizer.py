@@ -1,0 +1,105 @@
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tokenizer
+from settings import UserError
+from tokenizer import PAD, SEP, UNK, CharTokenizer
+
+SAMPLE = "你好呀\n今天天气怎么样？\n很好，出去走走吧 hello 123\n"
+TEXT = SAMPLE * 30 + "很少的字：龘"
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return tokenizer.train("bpe", [TEXT], vocab_size=400)
+
+
+def test_vocabulary_is_by_falling_frequency_and_ties_by_first_appearance():
+    made = tokenizer.train("char", ["ba\nab", "ccc\nd"])
+    assert made.vocabulary == "cbad"
+    assert made.encode("cb\nx").tolist() == [3, 4, SEP, UNK]
+
+
+def test_rare_characters_and_a_bounded_vocabulary_become_unk():
+    assert tokenizer.train("char", ["aaabbc"], min_freq=2).encode("abc").tolist() == [3, 4, UNK]
+    small = tokenizer.train("char", ["aaabbc"], vocab_size=4)
+    assert small.size == 4 and small.encode("abc").tolist() == [3, UNK, UNK]
+
+
+@given(st.text(alphabet=sorted(set(TEXT)) + ["\n"]))
+def test_characters_decode_to_what_was_encoded(text):
+    made = tokenizer.train("char", [TEXT])
+    assert made.decode(made.encode(text).tolist()) == text
+
+
+@given(st.text())
+@settings(deadline=None)
+def test_bpe_decodes_any_text_to_what_was_encoded(bpe, text):
+    ids = bpe.encode(text).tolist()
+    assert bpe.decode(ids) == text
+    assert UNK not in ids and PAD not in ids
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
+@settings(deadline=None)
+def test_streamed_bpe_never_shows_half_a_character(bpe, text):
+    shown = list(bpe.decode_stream(bpe.encode(text).tolist()))
+    assert "".join(shown) == text
+    assert all("�" not in part for part in shown) or "�" in text
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_a_special_token_cannot_be_typed(kind):
+    made = tokenizer.train(kind, ["<sep><pad><unk>" + TEXT], vocab_size=400)
+    ids = made.encode("<sep><pad><unk>").tolist()
+    assert not {UNK, SEP, PAD} & set(ids) and made.decode(ids) == "<sep><pad><unk>"
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_saved_tokenizers_are_the_same_again(kind, tmp_path):
+    made = tokenizer.train(kind, [TEXT], vocab_size=400)
+    made.save(tmp_path / "t.json")
+    again = tokenizer.load(tmp_path / "t.json")
+    assert again.encode(TEXT).tolist() == made.encode(TEXT).tolist() and again.size == made.size
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_dialogues_are_encoded_one_after_the_other_each_with_its_end(kind):
+    made = tokenizer.train(kind, [TEXT], vocab_size=400)
+    dialogues = ["你好\n今天", "很好", "hello"]
+    ids, lengths = made.encode_dialogues(dialogues)
+    parts = [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
+    assert parts == [made.encode(dialogue).tolist() + [PAD] for dialogue in dialogues]
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_characters_of_tokens_add_up_to_the_length_of_the_text(kind):
+    made = tokenizer.train(kind, [TEXT], vocab_size=400)
+    assert made.characters[made.encode(TEXT)].sum() == len(TEXT)
+
+
+def test_characters_are_encoded_at_20_million_a_second_at_least():
+    made = tokenizer.train("char", [TEXT])
+    text = SAMPLE * 100_000
+    made.encode(text)
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        made.encode(text)
+        times.append(time.perf_counter() - begin)
+    assert len(text) / min(times) > 20e6
+
+
+def test_what_is_no_tokenizer_is_refused(tmp_path):
+    (tmp_path / "t.json").write_text("[1, 2]")
+    for path in (tmp_path / "t.json", tmp_path / "missing.json"):
+        with pytest.raises(UserError, match="tokenizer="):
+            tokenizer.load(path)
+    with pytest.raises(UserError, match="vocab_size=100"):
+        tokenizer.train("bpe", [TEXT], vocab_size=100)
+    with pytest.raises(ValueError, match="twice"):
+        CharTokenizer("aa")

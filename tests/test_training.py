@@ -1,0 +1,236 @@
+"""The training loop of train.py in one process. Signals go to real processes; the rest runs in this one."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+
+import pytest
+import torch
+
+import runs
+import settings as settings_module
+import train
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch, capsys):
+    """A function that runs train.py on a tiny corpus in this process: (exit status, output, folder of checkpoints)."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(*arguments, **values):
+        config = runs.write_config(str(tmp_path), **values)
+        monkeypatch.setattr(sys, "argv", ["train.py", config, *arguments])
+        try:
+            status = settings_module.main(train.main) or 0
+        except SystemExit as exit:
+            status = exit.code
+        output = capsys.readouterr()
+        return status, output.out + output.err, tmp_path / "checkpoints"
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def steps_of(folder):
+    return sorted(int(name[3:-4]) for name in os.listdir(folder) if name.startswith("cpt"))
+
+
+@pytest.mark.soak
+def test_a_run_killed_again_and_again_ends_with_the_weights_of_an_undisturbed_one(tmp_path):
+    ends = []
+    for name, kills in (("undisturbed", 0), ("disturbed", 4)):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = runs.write_config(str(folder), max_steps=60, save_freq=7, eval_freq=20, dropout=0.2, resume_from="auto")
+        draw, here = random.Random(3), folder / "checkpoints"
+        for _ in range(kills):
+            before = steps_of(here)[-1] if here.exists() and steps_of(here) else 0
+            process = runs.start(config, **runs.THREAD)
+            runs.wait_for(lambda before=before, process=process: process.poll() is not None or here.exists() and
+                          any(step > before for step in steps_of(here)))
+            time.sleep(draw.uniform(0, 0.3))
+            process.kill()
+            runs.finish(process)
+        output = runs.run(config, **runs.THREAD)
+        assert "finished after 60 steps" in output
+        ends.append(runs.checkpoint(here))
+    assert runs.largest_difference(*ends) == 0
+    assert ends[0]["metrics"] == ends[1]["metrics"] and ends[0]["progress"]["tokens"] == ends[1]["progress"]["tokens"]
+
+
+def test_resume_is_bit_identical(trained):
+    """In the middle of an epoch, with the tokenizer from the checkpoint and the token store made anew."""
+    values = dict(max_steps=12, save_freq=5, dropout=0.2)
+    _, _, folder = trained(**values)
+    whole = runs.checkpoint(folder)
+    for name in ("cpt12.pth", "last.pth", "best.pth"):
+        os.unlink(folder / name)
+    shutil.rmtree(folder.parent / ".cache")
+    status, output, _ = trained(resume_from="auto", **values)
+    assert status == 0 and "12/12" in output and "earlier run" not in output and "not what" not in output
+    assert runs.largest_difference(whole, runs.checkpoint(folder)) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(tmp_path, number):
+    process = runs.start(runs.write_config(str(tmp_path), save_freq=5), **runs.THREAD)
+    runs.wait_for(lambda: os.path.exists(tmp_path / "checkpoints/cpt5.pth"))
+    process.send_signal(number)
+    status, output = runs.finish(process)
+    step = int(re.search(r"stopped at step (\d+): .*cpt\1\.pth; go on with resume_from=auto", output)[1])
+    assert status == 0 and runs.checkpoint(tmp_path / "checkpoints")["progress"]["step"] == step
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path):
+    script = tmp_path / "slow.py"  # a step that takes a minute
+    script.write_text("import time, settings, train\n"
+                      "train.set_learning_rate = lambda *_: print('in a step', flush=True) or time.sleep(60)\n"
+                      "settings.main(train.main)\n")
+    process = runs.start(runs.write_config(str(tmp_path)), script=str(script), **runs.THREAD)
+    while "in a step" not in process.stdout.readline():
+        assert process.poll() is None
+    begin = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    status, output = runs.finish(process)
+    assert status == 130 and "leaving at once" in output and time.monotonic() - begin < 20
+
+
+def test_patience_stops_and_names_the_best(trained):
+    status, output, folder = trained(lr=0.0, min_lr=0.0, muon_lr=0.0, eval_freq=2, patience=3)
+    assert status == 0
+    assert re.search(r"finished after 8 steps .*best.pth with the best validation loss, \d", output), output
+    assert runs.checkpoint(folder, "best.pth")["progress"]["step"] == 2
+
+
+def test_max_steps_stops_with_a_last_and_a_best_checkpoint(trained):
+    status, output, folder = trained(max_steps=7)
+    assert status == 0 and "finished after 7 steps" in output
+    assert sorted(os.listdir(folder)) == ["best.pth", "cpt7.pth", "last.pth"]
+    assert runs.checkpoint(folder)["progress"]["step"] == 7
+
+
+@pytest.mark.parametrize("minutes", [0.03, 0])
+def test_max_minutes_stops_with_a_checkpoint(trained, minutes):
+    """Also where the time is up before the first step: that one is still made."""
+    status, output, folder = trained(max_minutes=minutes)
+    assert status == 0
+    step = int(re.search(r"finished after (\d+) steps", output)[1])
+    assert step == runs.checkpoint(folder)["progress"]["step"] == steps_of(folder)[-1] > 0
+
+
+def test_a_gradient_that_is_not_finite_is_skipped(trained, monkeypatch):
+    """A poisoned step leaves weights and optimizer as they were, and the run goes on."""
+    seen = []
+
+    def poisoned(model, *arguments, forward=train.GPT.forward):
+        seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        return forward(model, *arguments) * (float("nan") if len(seen) == 3 else 1)
+    monkeypatch.setattr(train.GPT, "forward", poisoned)
+    status, _, folder = trained(max_steps=5)
+    assert status == 0 and len(seen) == 5
+    moved = [any(not torch.equal(a[name], b[name]) for name in a) for a, b in zip(seen, seen[1:])]
+    assert moved == [True, True, False, True]
+    assert all(tensor.isfinite().all() for tensor in runs.checkpoint(folder)["model"].values())
+
+
+def test_gradients_that_are_never_finite_end_with_the_way_out(trained, monkeypatch):
+    monkeypatch.setattr(train.GPT, "forward", lambda model, *arguments: train.GPT.loss(model, *arguments) * float("nan"))
+    status, output, _ = trained(save_freq=5)
+    assert status == 2 and "has not been finite for 20 steps at step 19: lower lr=0.003" in output and "Traceback" not in output
+
+
+def test_a_dry_run_tells_and_writes_nothing_but_the_token_store(trained, tmp_path):
+    status, output, folder = trained("--dry-run", tensorboard_path=str(tmp_path / "runs"))
+    assert status == 0
+    for name in ("settings", "machine", "model", "data", "memory", "work"):
+        assert re.search(rf"^{name} ", output, re.MULTILINE), output
+    assert sorted(os.listdir(tmp_path)) == [".cache", "config.yaml", "corpus.txt"]
+
+
+def test_accumulation_equals_one_batch(trained):
+    _, _, folder = trained(max_steps=20)
+    whole = runs.checkpoint(folder)
+    _, _, folder = trained(max_steps=20, micro_batch=4)
+    assert runs.largest_difference(whole, runs.checkpoint(folder)) < 1e-4
+    assert whole["progress"]["tokens"] == runs.checkpoint(folder)["progress"]["tokens"]
+
+
+def test_checkpoints_of_an_earlier_run_are_set_aside(trained):
+    _, _, folder = trained(max_steps=9, save_freq=4)
+    _, output, _ = trained(max_steps=3)
+    (aside,) = (name for name in os.listdir(folder) if name.startswith("before-"))
+    assert sorted(os.listdir(folder)) == [aside, "best.pth", "cpt3.pth", "last.pth"]
+    assert runs.checkpoint(folder / aside)["progress"]["step"] == 9
+    assert f"an earlier run's checkpoints are now in {folder / aside}" in output
+
+
+def test_the_best_checkpoint_stays_the_best_when_a_run_goes_on_and_gets_worse(trained):
+    """Also where it ended between two evaluations, so that its own is not in the file."""
+    trained(max_steps=9)
+    status, output, folder = trained(max_steps=14, eval_freq=2, lr=3.0, muon_lr=3.0, resume_from="auto")
+    assert status == 0 and "step 9, " in output and "step 14, " in output
+    assert runs.checkpoint(folder, "best.pth")["progress"]["step"] == 9
+
+
+@pytest.mark.parametrize("keep", [0, 2])
+def test_going_on_from_a_checkpoint_before_the_newest_is_a_run_of_its_own(trained, tmp_path, keep):
+    _, _, folder = trained(max_steps=12, save_freq=3, keep=20)
+    status, output, _ = trained(max_steps=8, save_freq=3, keep=keep, resume_from=str(folder / "cpt3.pth"))
+    assert status == 0 and "an earlier run's checkpoints are now in" in output
+    assert runs.checkpoint(folder)["progress"]["step"] == runs.checkpoint(folder, "best.pth")["progress"]["step"] == 8
+    (aside,) = folder.glob("before-*")
+    assert steps_of(aside) == [3, 6, 9, 12]
+
+
+def test_a_folder_for_checkpoints_that_cannot_be_written_ends_before_the_first_step(trained, tmp_path):
+    (tmp_path / "file").write_text("")
+    status, output, _ = trained(checkpoint_root=str(tmp_path / "file" / "folder"))
+    assert status == 2 and "cannot be written" in output and "validation loss" not in output
+
+
+def test_rows_shorter_than_the_sample_prompts_are_trained_on(trained):
+    status, _, folder = trained(block_size=8, max_steps=2)
+    assert status == 0 and steps_of(folder) == [2]
+
+
+def test_a_configuration_for_several_processes_says_that_it_trains_on_one(trained):
+    _, output, _ = trained("--dry-run", ddp=True, local_rank=0, world_size=2)
+    assert output.count("torchrun did not start this: training on one device") == 1 and "world_size=2 is" not in output
+
+
+def test_with_nothing_held_out_the_newest_checkpoint_is_the_best(trained):
+    status, output, folder = trained(train_percent=1, max_steps=4, eval_freq=2)
+    assert status == 0 and "0 dialogues held out" in output
+    assert runs.checkpoint(folder, "best.pth")["progress"]["step"] == 4
+
+
+def test_a_compiler_that_does_not_work_is_named_and_training_goes_on_without(tmp_path):
+    config = runs.write_config(str(tmp_path), compile=True, max_steps=2)
+    output = runs.run(config, CXX="/no/compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    assert "compile=True does not work here, going on without: " in output and "finished after 2 steps" in output
+
+
+@pytest.mark.soak
+def test_the_memory_of_training_does_not_grow_with_the_corpus(tmp_path):
+    script = tmp_path / "memory.py"
+    script.write_text("import re, sys, data, settings, train\n"
+                      "settings.main(train.main)\n"
+                      "print('anonymous', re.search('RssAnon:\\\\s+(\\\\d+)', open('/proc/self/status').read())[1])")
+    used = []
+    for dialogues in (2_000, 200_000):
+        folder = tmp_path / str(dialogues)
+        folder.mkdir()
+        line = "这是一句不长也不短的话，用来占地方。" * 2
+        (folder / "corpus.txt").write_text("\n\n".join(f"{line}{i % 97}\n好" for i in range(dialogues)))
+        config = runs.write_config(str(folder), max_steps=3, eval_steps=2, block_size=128)
+        runs.run("prepare", config, script=os.path.join(runs.ROOT, "data.py"))
+        output = runs.run(config, script=str(script), **runs.THREAD)
+        used.append(int(re.search(r"anonymous (\d+)", output)[1]) / 1024)
+    assert used[1] - used[0] < 40, used  # MiB; the larger corpus's 8 M ids would take 60 as int64, and its text 24

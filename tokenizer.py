@@ -1,0 +1,190 @@
+"""Text to token ids and back: characters, or byte-level BPE, behind one interface.
+
+Both number `<unk>`, `<sep>`, `<pad>` as 0, 1, 2 and the vocabulary from 3 on. A newline is `<sep>`: a dialogue is
+its utterances joined by newlines. `<pad>` ends a dialogue. Neither can be typed: "<sep>" in a text is five characters.
+"""
+
+import codecs
+import json
+
+import numpy as np
+
+from settings import UserError
+
+UNK, SEP, PAD = 0, 1, 2
+SPECIALS = ("<unk>", "<sep>", "<pad>")
+CODE_POINTS = 0x110000
+
+
+def code_points(text):
+    """The text's Unicode code points, (len(text),) uint32, without a Python loop."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+
+
+class Tokenizer:
+    """What both tokenizers share. A subclass has `size`, `pieces` (bytes of each id), `encode` and `state`."""
+
+    def decode(self, ids):
+        """Text of a sequence of ids; bytes that are no whole character become U+FFFD."""
+        return b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")
+
+    def decode_stream(self, ids):
+        """Yields the text of each id as it comes, holding bytes back until their character is whole."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for i in ids:
+            yield decoder.decode(self.pieces[i])
+        yield decoder.decode(b"", final=True)
+
+    def encode_batch(self, texts):
+        """The ids of each text, a list of (n,) arrays."""
+        return [self.encode(text) for text in texts]
+
+    @property
+    def characters(self):
+        """(size,) int64: how many characters begin in each id; `<sep>`, `<pad>` and `<unk>` count as one."""
+        counts = [sum(byte & 0xC0 != 0x80 for byte in piece) for piece in self.pieces]
+        counts[:3] = 1, 1, 1
+        return np.array(counts)
+
+    def encode_dialogues(self, dialogues):
+        """Ids of dialogues (strings), each ended by `<pad>`: (ids (N,), lengths (len(dialogues),))."""
+        encoded = self.encode_batch(dialogues)
+        lengths = np.array([len(ids) + 1 for ids in encoded], dtype=np.int64)
+        ids = np.full(lengths.sum(), PAD, dtype=self.dtype)
+        keep = np.ones(len(ids), dtype=bool)
+        keep[np.cumsum(lengths) - 1] = False
+        ids[keep] = np.concatenate(encoded)
+        return ids, lengths
+
+    @property
+    def dtype(self):
+        """The smallest integer type that holds every id."""
+        return np.uint16 if self.size <= 0x10000 else np.uint32
+
+    def save(self, path):
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(self.state(), file, ensure_ascii=False)
+
+
+class CharTokenizer(Tokenizer):
+    """One id a character, most frequent first."""
+
+    def __init__(self, characters):
+        """`characters`: string of the vocabulary in order, without the three specials."""
+        if len(set(characters)) != len(characters):
+            raise ValueError("a character stands twice in the vocabulary")
+        self.vocabulary = characters
+        self.size = len(SPECIALS) + len(characters)
+        self.pieces = [b"\xef\xbf\xbd", b"\n", b""] + [c.encode("utf-8", "surrogatepass") for c in characters]
+        self.table = np.zeros(CODE_POINTS, dtype=self.dtype)  # code point -> id
+        self.table[code_points(characters)] = np.arange(3, self.size)
+        self.table[ord("\n")] = SEP
+
+    @classmethod
+    def train(cls, texts, vocab_size=None, min_freq=1):
+        """From an iterable of texts: characters by falling frequency, ties by first appearance."""
+        counts = np.zeros(CODE_POINTS, dtype=np.int64)
+        first = np.zeros(CODE_POINTS, dtype=np.int64)  # place of first appearance
+        seen = 0
+        for text in texts:
+            points = code_points(text)
+            some = np.bincount(points)
+            new = (some > 0) & (counts[:len(some)] == 0)
+            places = np.zeros(len(some), dtype=np.int64)
+            places[points[::-1]] = np.arange(seen + len(points) - 1, seen - 1, -1)  # what is written last stays: the first place
+            first[:len(some)][new] = places[new]
+            counts[:len(some)] += some
+            seen += len(points)
+        counts[ord("\n")] = 0
+        found = np.flatnonzero(counts >= max(1, min_freq))
+        order = found[np.lexsort((first[found], -counts[found]))]
+        order = order[:None if vocab_size is None else vocab_size - len(SPECIALS)]
+        return cls(order.astype(np.uint32).tobytes().decode("utf-32-le", "surrogatepass"))
+
+    def encode(self, text):
+        """(len(text),) ids; characters outside the vocabulary are `<unk>`."""
+        return self.table[code_points(text)]
+
+    def encode_dialogues(self, dialogues):
+        lengths = np.array([len(dialogue) + 1 for dialogue in dialogues], dtype=np.int64)
+        ids = self.encode("\n".join([*dialogues, ""]))
+        ids[np.cumsum(lengths) - 1] = PAD
+        return ids, lengths
+
+    def state(self):
+        return {"kind": "char", "characters": self.vocabulary}
+
+
+class BPETokenizer(Tokenizer):
+    """Byte-level byte-pair encoding (Radford et al. 2019), trained and run by the `tokenizers` library."""
+
+    def __init__(self, description):
+        """`description`: the JSON text of a `tokenizers.Tokenizer`, whose ids are ours less 3."""
+        import tokenizers  # here: a character model needs no such package
+        self.description = description
+        self.bpe = tokenizers.Tokenizer.from_str(description)
+        self.size = len(SPECIALS) + self.bpe.get_vocab_size()
+        # Byte-level BPE writes bytes as printable characters: itself where printable, else 256 and up in order.
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = (byte for byte in range(256) if byte not in printable)
+        to_byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+        tokens = [self.bpe.id_to_token(i) for i in range(self.bpe.get_vocab_size())]
+        self.pieces = [b"\xef\xbf\xbd", b"\n", b""] + [bytes(to_byte[c] for c in token) for token in tokens]
+
+    @classmethod
+    def train(cls, texts, vocab_size=8000, min_freq=2):
+        """From an iterable of texts; all 256 bytes are in the vocabulary, so nothing is ever `<unk>`."""
+        import tokenizers
+        if vocab_size is not None and vocab_size < 256 + len(SPECIALS):
+            raise UserError(f"vocab_size={vocab_size} is too small for tokenizer=bpe; it needs {256 + len(SPECIALS)} at least (8000, say)")
+        bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+        bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=(vocab_size or 8000) - len(SPECIALS), min_frequency=max(2, min_freq), show_progress=False,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        bpe.train_from_iterator((line for text in texts for line in text.split("\n") if line), trainer)
+        return cls(bpe.to_str())
+
+    def encode_batch(self, texts):
+        lines = [text.split("\n") for text in texts]
+        encoded = iter(self.bpe.encode_batch_fast([line for text in lines for line in text], add_special_tokens=False))
+        joined = []
+        for text in lines:
+            ids = []
+            for _ in text:
+                ids += [SEP, *(i + len(SPECIALS) for i in next(encoded).ids)]
+            joined.append(np.array(ids[1:], dtype=self.dtype))
+        return joined
+
+    def encode(self, text):
+        """(n,) ids; n is at most the number of bytes."""
+        return self.encode_batch([text])[0]
+
+    def state(self):
+        return {"kind": "bpe", "tokenizer": self.description}
+
+
+def from_state(state):
+    """The tokenizer whose `state()` this is."""
+    if state.get("kind") == "char":
+        return CharTokenizer(state["characters"])
+    if state.get("kind") == "bpe":
+        return BPETokenizer(state["tokenizer"])
+    raise UserError(f"unknown kind of tokenizer: {state.get('kind')!r}")
+
+
+def load(path):
+    """A tokenizer from the JSON file that `save` wrote."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return from_state(json.load(file))
+    except OSError:
+        raise UserError(f"tokenizer={path} is neither char, bpe nor a file that can be read")
+    except (ValueError, AttributeError, KeyError) as error:
+        raise UserError(f"tokenizer={path} is not a tokenizer that this program wrote ({error})")
+
+
+def train(kind, texts, vocab_size=None, min_freq=1):
+    """A new `char` or `bpe` tokenizer from an iterable of texts."""
+    return {"char": CharTokenizer, "bpe": BPETokenizer}[kind].train(texts, vocab_size, min_freq)

@@ -1,0 +1,363 @@
+"""Pretrain a GPT on dialogues: python train.py config/demo.yaml [key=value …], or the same under torchrun."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import platform
+import time
+
+import torch
+
+import checkpoint
+import data
+import runtime as rt
+import settings as settings_module
+import tokenizer as tokenizer_module
+from model import GPT, GPTConfig, Sampling, generate
+from optim import learning_rate, make_optimizers, schedule_share, set_learning_rate, share_done, update
+from settings import TrainSettings, UserError
+
+
+def main():
+    begin = time.perf_counter()
+    with rt.Processes() as processes:
+        values, dry_run = read_command_line()
+        settings = settings_module.build(TrainSettings, values)
+        runtime = rt.start(settings, processes)
+        rt.explain_processes(runtime, values)
+        train(settings, runtime, dry_run, begin)
+
+
+def read_command_line():
+    """(keys and values of the YAML file and the command line, whether it is but a dry run)."""
+    parser = settings_module.parser(TrainSettings, "python train.py CONFIG [key=value …] [--dry-run]")
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("override", nargs="*", help="key=value")
+    parser.add_argument("--dry-run", action="store_true", help="print settings, size, memory and FLOPs, and stop")
+    options = parser.parse_intermixed_args()
+    return settings_module.read_yaml(options.config) | settings_module.overrides(options.override), options.dry_run
+
+
+def train(settings, runtime, dry_run, begin):
+    device = runtime.device
+
+    # Where to go on from, the data, the model: every process does the same.
+    path, saved = find_checkpoint(settings, runtime)
+    store, tokenizer = open_store(settings, runtime, path, saved)
+    documents, held_out, identity = data.Documents(store, "train"), data.Documents(store, "val"), data.identity(store)
+    torch.manual_seed(settings.seed)
+    model = make_model(settings, tokenizer, path, saved, runtime)
+    progress = dict(step=0, epoch=0, row=0, tokens=0, minutes=0.0, best=math.inf, worse=0, unscored=False, store=identity)
+    if saved:
+        progress |= saved["progress"]
+        if progress["store"] is None:  # the original's: it kept no place in the data
+            progress["store"] = identity
+        elif progress["store"] != identity:
+            runtime.say(f"{settings.data_path} is not what {path} was trained on: beginning with its first epoch")
+            progress |= dict(epoch=0, row=0, best=math.inf, worse=0, store=identity)
+    epoch = data.Epoch(documents, settings.block_size, settings.seed, progress["epoch"])
+    if settings.train_batch % runtime.world:
+        more = -(-settings.train_batch // runtime.world) * runtime.world
+        less = f"{more - runtime.world} or " if more > runtime.world else ""
+        raise UserError(f"train_batch={settings.train_batch} cannot be split over {runtime.world} processes; use {less}{more}")
+    rows = settings.train_batch // runtime.world  # of this process in a step
+    describe(settings, runtime, model, epoch, held_out)
+    if dry_run:
+        return
+    if runtime.main:
+        checkpoint.make_folder(settings.checkpoint_root)
+    model.to(device).train()
+    model.checkpointing = settings.checkpointing
+    micro_batch = choose_micro_batch(settings, runtime, model, rows)
+    optimizers = make_optimizers(model, settings, runtime.dtype)
+    scaler = torch.amp.GradScaler(device.type, enabled=runtime.dtype == torch.float16)
+    if saved and saved.get("optimizer"):
+        for optimizer, state in zip(optimizers, saved["optimizer"]):
+            load_optimizer(optimizer, state)
+        if saved.get("scaler"):  # empty where that run needed none
+            scaler.load_state_dict(saved["scaler"])
+    # Going on in the same folder; other folders' files stay untouched, and the original's have no place in the data.
+    # Nor is a file that others of its folder are ahead of: pruning would take what follows it for the oldest.
+    root = os.path.realpath(settings.checkpoint_root)
+    own = (saved and saved["progress"].get("store") and os.path.dirname(os.path.realpath(path)) == root and
+           all(step <= progress["step"] for step, _ in checkpoint.numbered(root)))
+    (own,) = rt.add_up(runtime, bool(own) * runtime.main)  # rank 0's disk decides
+    if not own:
+        progress |= dict(best=math.inf, worse=0)
+    saved_step, saved_path = progress["step"] if own else -1, path
+    saved = None  # gives its memory back
+    if settings.compile:
+        compile_or_say(model, runtime)
+    distributed = rt.distribute(runtime, model)
+
+    stopping = rt.StopSignal(runtime.processes)
+    writer = rt.tensorboard(runtime, settings.tensorboard_path)
+    peak, _ = rt.peak_flops(runtime)
+    samples = sample_prompts(held_out, tokenizer, settings.block_size)
+    metrics, refused = {}, 0
+    earlier = progress["minutes"]
+    bar = rt.step_bar(runtime, initial=progress["step"])
+    tick, tick_tokens, mean_loss = time.perf_counter(), 0, None
+
+    while True:
+        minutes, wish = rt.add_up(runtime, (earlier + (time.perf_counter() - begin) / 60) * runtime.main, bool(stopping))
+        progress["minutes"], step = minutes, progress["step"]
+        share = share_done(settings, step, minutes, progress["epoch"] + progress["row"] / len(epoch))
+        finished = (share >= 1 and step > 0) or (settings.patience is not None and progress["worse"] >= settings.patience)
+        due = step > 0 and (step % settings.eval_freq == 0 or progress["unscored"])
+
+        if (due or finished or wish or step % settings.save_freq == 0) and step > 0 and step != saved_step:
+            if runtime.main:
+                if saved_step < 0 and (old := checkpoint.set_aside(settings.checkpoint_root)):
+                    bar.write(f"an earlier run's checkpoints are now in {old}")
+                content = checkpoint.describe(model, tokenizer) | dict(
+                    optimizer=[optimizer.state_dict() for optimizer in optimizers], scaler=scaler.state_dict(),
+                    progress=progress | dict(unscored=bool(due or finished)),  # what follows tells whether it is the best
+                    random=dict(seed=settings.seed), settings=dataclasses.asdict(settings), metrics=metrics)
+                saved_path = checkpoint.save(settings.checkpoint_root, step, content, settings.keep)
+            saved_step = step
+        if wish:
+            bar.close()
+            runtime.say(f"stopped at step {step}: {saved_path or 'nothing to save yet'}; go on with resume_from=auto")
+            break
+        if due or finished:
+            progress["unscored"] = False
+            metrics = evaluate(model, held_out, tokenizer, settings, runtime)
+            if metrics["loss"] < progress["best"] or not metrics["tokens"]:  # with nothing held out, the newest is the best
+                progress |= dict(best=min(metrics["loss"], progress["best"]), worse=0)
+                if runtime.main:
+                    checkpoint.name_also(saved_path, "best.pth")
+            else:
+                progress["worse"] += 1
+            if runtime.main:
+                bar.write(f"step {step}, {minutes:.1f} min: validation loss {metrics['loss']:.4f} "
+                          f"({metrics['bits']:.3f} bits a character, perplexity {math.exp(min(metrics['loss'], 50)):.1f})")
+                for name, value in (("loss/validation", metrics["loss"]), ("bits_per_character", metrics["bits"]),
+                                    ("gap", metrics["loss"] - (mean_loss or math.nan)), ("minutes", minutes)):
+                    writer.add_scalar(name, value, step)
+                replies = sample_replies(model, samples, tokenizer, runtime)
+                bar.write("\n".join(f"    {prompt}  →  {reply}" for prompt, reply in replies))
+                writer.add_text("replies", "  \n".join(f"{prompt} → {reply}" for prompt, reply in replies), step)
+                writer.flush()
+            tick, tick_tokens = time.perf_counter(), 0
+            finished = finished or (settings.patience is not None and progress["worse"] >= settings.patience)
+        if finished:
+            bar.close()
+            runtime.say(f"finished after {step} steps and {minutes:.1f} minutes: {settings.checkpoint_root}/last.pth, and best.pth with "
+                        f"the best validation loss, {progress['best']:.4f}\ntalk to it: python chat.py {settings.checkpoint_root}/best.pth")
+            break
+
+        # One step: the rows [row, row + train_batch) of the epoch, the same whatever the number of processes.
+        factor = learning_rate(step, schedule_share(settings, step, share), settings)
+        set_learning_rate(optimizers, factor)
+        rt.seed_step(settings.seed, step, runtime.rank)
+        first = progress["row"] + runtime.rank * rows
+        count = epoch.real_targets(progress["row"], progress["row"] + settings.train_batch)
+        total = torch.zeros((), device=device)
+        for row in range(first, first + rows, micro_batch):
+            inputs, targets, numbers = to_device(epoch.batch(row, row + micro_batch), device)
+            last = row + micro_batch >= first + rows
+            with rt.exchange(distributed, last):
+                with runtime.autocast():
+                    loss = (distributed or model)(inputs, targets, numbers)
+                scaler.scale(loss * (runtime.world / count)).backward()  # DDP takes the mean over processes
+            total += loss.detach()
+        norm = update(optimizers, scaler, model, settings, distributed is not None)
+        refused = 0 if torch.isfinite(norm) else refused + 1
+        if refused == 20:
+            raise UserError(f"the gradient has not been finite for {refused} steps at step {step}: lower lr={settings.lr} "
+                            f"(muon_lr={settings.muon_lr}) and go on with resume_from=auto")
+        progress["step"] += 1
+        progress["tokens"] += count
+        progress["row"] += settings.train_batch
+        if progress["row"] >= len(epoch):
+            progress |= dict(epoch=progress["epoch"] + 1, row=0)
+            epoch = data.Epoch(documents, settings.block_size, settings.seed, progress["epoch"])
+
+        # Tell.
+        tick_tokens += count
+        if progress["step"] % 10 == 0 or step < 10:
+            (loss,) = rt.add_up(runtime, total.item())
+            loss /= count
+            mean_loss = loss if mean_loss is None else 0.9 * mean_loss + 0.1 * loss
+            now = time.perf_counter()
+            speed, tick, tick_tokens = tick_tokens / (now - tick), now, 0
+            mfu = speed * model.flops_per_token() / (peak * runtime.world)
+            for name, value in (("loss/train", loss), ("learning_rate", settings.lr * factor), ("gradient_norm", norm.item()),
+                                ("tokens_per_second", speed), ("MFU", mfu), ("filling", epoch.filling), ("epoch", progress["epoch"])):
+                writer.add_scalar(name, value, progress["step"])
+            bar.set_postfix_str(f"loss {mean_loss:.3f}, lr {settings.lr * factor:.1e}, {speed:,.0f} tokens/s, MFU {mfu:.0%}, "
+                                f"epoch {progress['epoch'] + progress['row'] / len(epoch):.2f}", refresh=False)
+        share = share_done(settings, progress["step"], minutes, progress["epoch"] + progress["row"] / len(epoch))
+        bar.total = max(progress["step"], round(progress["step"] / share)) if share > 1e-4 else None
+        bar.update()
+    writer.close()
+
+
+def find_checkpoint(settings, runtime):
+    """(path, content) that `resume_from` means, or (None, None): rank 0 decides, and every process reads that file."""
+    path, content, corpus = settings.resume_from, None, settings.data_path
+    if runtime.main and path is not None:
+        path, content = checkpoint.newest(settings.checkpoint_root, corpus) if path == "auto" else (path, checkpoint.read(path, corpus))
+    path, *mark = json.loads(runtime.processes.tell(json.dumps([path, content and content.get("progress")])))
+    if path is not None and not runtime.main:
+        content = checkpoint.read(path, corpus) if os.path.exists(path) else {}
+        if json.loads(json.dumps([content.get("progress")])) != mark:
+            raise UserError(f"{path}, which rank 0 goes on from, is not on {platform.node()}: "
+                            "put it on a disk that all machines share, or copy it to each")
+    return path, content
+
+
+def open_store(settings, runtime, path, saved):
+    """(folder of the token store, its tokenizer); the main process makes it while the others wait."""
+    tokenizer = tokenizer_module.from_state(saved["tokenizer"]) if saved else None
+    if tokenizer is None and settings.tokenizer.endswith(".pth"):
+        tokenizer = tokenizer_module.from_state(checkpoint.read(settings.tokenizer, settings.data_path)["tokenizer"])
+    store = runtime.processes.once(lambda: data.prepare(settings, tokenizer))
+    return store, tokenizer or tokenizer_module.load(os.path.join(store, "tokenizer.json"))
+
+
+def make_model(settings, tokenizer, path, saved, runtime):
+    """The model that the settings describe, or the checkpoint's with the settings' dropout."""
+    shape = {field.name: getattr(settings, field.name) for field in dataclasses.fields(GPTConfig) if field.name != "vocab_size"}
+    config = GPTConfig(vocab_size=tokenizer.size, **shape)
+    if saved is None:
+        return GPT(config)
+    saved["config"]["dropout"] = settings.dropout
+    model, _ = checkpoint.unpack(saved, path)
+    for field in dataclasses.fields(GPTConfig):
+        wanted, has = getattr(config, field.name), getattr(model.config, field.name)
+        if wanted != has:
+            if field.name == "block_size":
+                raise UserError(f"{path} has block_size={has}, not {wanted}")
+            runtime.say(f"{field.name}={has}, as in {path}, not {wanted}")
+    return model
+
+
+def load_optimizer(optimizer, state):
+    """Takes over an optimizer's state, but keeps the learning rates and weight decays that the settings ask for."""
+    groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError as error:
+        raise UserError(f"the checkpoint's optimizer is another one ({error}); use the same `optimizer`, or start anew")
+    for group, kept in zip(optimizer.param_groups, groups):
+        group.update(kept)
+
+
+def compile_or_say(model, runtime):
+    """Compiles the model's parts after a trial of the compiler; where it does not work, says why and goes on without."""
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=runtime.device))
+        model.compile_parts()
+    except Exception as error:
+        runtime.say(f"compile=True does not work here, going on without: {str(error).splitlines()[0]}")
+
+
+def choose_micro_batch(settings, runtime, model, rows):
+    """Rows that this process computes at once: as set, or the most that memory holds (CPU: about 8,192 tokens)."""
+    divisors = [n for n in range(rows, 0, -1) if rows % n == 0]
+    if settings.micro_batch != "auto":
+        return next(n for n in divisors if n <= settings.micro_batch)
+    if runtime.device.type != "cuda":
+        return next(n for n in divisors if n == 1 or n * settings.block_size <= 8192)
+    state = torch.empty(8 * model.count_parameters(), dtype=torch.uint8, device=runtime.device)  # room for the optimizer's
+    for n in divisors:
+        try:
+            ids = torch.zeros(n, settings.block_size, dtype=torch.long, device=runtime.device)
+            with runtime.autocast():
+                loss = model(ids, ids, torch.zeros_like(ids))
+            loss.backward()
+            if torch.cuda.mem_get_info(runtime.device)[0] > 0.05 * torch.cuda.mem_get_info(runtime.device)[1]:
+                break
+        except torch.OutOfMemoryError:
+            pass
+        finally:
+            loss = None
+            model.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+    del state
+    return rt.least(runtime, n)
+
+
+def to_device(arrays, device):
+    pin = device.type == "cuda"
+    return [(tensor.pin_memory() if pin else tensor).to(device, non_blocking=pin) for tensor in map(torch.from_numpy, arrays)]
+
+
+@torch.no_grad()
+def evaluate(model, held_out, tokenizer, settings, runtime):
+    """Loss (nats per real token) and bits per character of held-out dialogues, each scored by itself, over all processes."""
+    rows = data.Epoch(held_out, settings.block_size, 0, 0)
+    batches = range(0, len(rows), settings.test_batch)
+    if settings.eval_steps is not None:
+        batches = batches[:settings.eval_steps]
+    characters, nats, count, length = tokenizer.characters, 0.0, 0, 0
+    model.eval()
+    with torch.compiler.set_stance("force_eager"), runtime.autocast():
+        for row in batches[runtime.rank::runtime.world]:
+            arrays = rows.batch(row, row + settings.test_batch)
+            inputs, targets, numbers = to_device(arrays, runtime.device)
+            nats += model.loss(inputs, targets, numbers).item()
+            real = arrays[1][arrays[1] != data.IGNORE]
+            count, length = count + len(real), length + characters[real].sum()
+    model.train()
+    nats, count, length = rt.add_up(runtime, nats, count, float(length))
+    if not count:
+        return dict(loss=math.inf, bits=math.inf, tokens=0)
+    return dict(loss=nats / count, bits=nats / math.log(2) / length, tokens=int(count))
+
+
+def sample_prompts(held_out, tokenizer, block_size, count=3):
+    """The first utterances of a few held-out dialogues, as text."""
+    texts = (tokenizer.decode(held_out.ids[begin:end].tolist()).split("\n") for begin, end in itertools.pairwise(held_out.offsets))
+    prompts = (text[0] for text in texts if len(text) > 1 and 3 <= len(text[0]) <= 20 and len(tokenizer.encode(text[0])) < block_size)
+    return list(itertools.islice(prompts, count))
+
+
+def sample_replies(model, prompts, tokenizer, runtime):
+    """[(prompt, reply)] at temperature 0.8, from a generator of its own."""
+    if not prompts:
+        return []
+    generator = torch.Generator(runtime.device).manual_seed(0)
+    sampling = Sampling(temperature=0.8, top_p=0.9, max_new_tokens=30)
+    ids = [tokenizer.encode(prompt).tolist() + [tokenizer_module.SEP] for prompt in prompts]
+    model.eval()
+    with torch.compiler.set_stance("force_eager"), runtime.autocast():
+        steps = list(generate(model, ids, sampling, (tokenizer_module.SEP, tokenizer_module.PAD), generator=generator))
+    model.train()
+    return [(prompt, tokenizer.decode([int(i) for i in row if i > tokenizer_module.PAD]))
+            for prompt, row in zip(prompts, torch.stack(steps, dim=1).tolist())]
+
+
+def describe(settings, runtime, model, epoch, held_out):
+    """What is about to be trained, on what."""
+    positions = epoch.positions[-1]
+    steps = -(-len(epoch) // settings.train_batch)
+    parameters = model.count_parameters()
+    state = 4 if settings.optimizer == "muon" else 8
+    width = 2 if runtime.dtype != torch.float32 else 4
+    tokens = settings.train_batch // runtime.world * settings.block_size
+    if settings.micro_batch != "auto":
+        tokens = min(tokens, settings.micro_batch * settings.block_size)
+    config = model.config
+    block = config.n_embd * (20 if config.modern else 16) * width + config.n_head * config.block_size * (4 + width)
+    activations = tokens * (config.n_layer * (config.n_embd * width if settings.checkpointing else block) + 4 * config.n_embd)
+    for name, text in (
+            ("settings", ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(settings).items())),
+            ("machine", f"{runtime.device}, {str(runtime.dtype).removeprefix('torch.')}, processes: {runtime.world}, "
+                        f"threads: {torch.get_num_threads()}"),
+            ("model", f"{config.arch}, {parameters / 1e6:.2f}M parameters, vocabulary {config.vocab_size}"),
+            ("data", f"{len(epoch.documents.offsets) - 1} dialogues, {positions:,} tokens an epoch in {len(epoch)} rows "
+                     f"({epoch.filling:.2%} filling), {steps} steps; {len(held_out.offsets) - 1} dialogues held out"),
+            ("memory", f"about {parameters * (8 + state) / 2**30:.2f} GiB of weights, gradients and optimizer, and at most "
+                       f"{activations / 2**30:.2f} GiB of activations"),
+            ("work", f"{model.flops_per_token() / 1e6:.1f} MFLOP a token, "
+                     f"{model.flops_per_token() * positions / 1e12:.1f} TFLOP an epoch")):
+        runtime.say(f"{name:<9} {text}")
+
+
+if __name__ == "__main__":
+    settings_module.main(main)
