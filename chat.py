@@ -77,8 +77,8 @@ class Conversation:
             self.first = 0
 
     def used(self):
-        """Positions of the context that are taken."""
-        return sum(len(ids) + 1 for _, ids in self.utterances[self.first:])
+        """Positions of the context that are taken, the <sep> that closes the last reply among them where it still fits."""
+        return min(sum(len(ids) + 1 for _, ids in self.utterances[self.first:]), self.model.config.block_size)
 
     def context(self):
         """The ids that the next reply goes on from, with room left for it. Where there is none the oldest whole turns

@@ -74,7 +74,9 @@ def test_full_context_drops_the_oldest_whole_turns_and_stays_fast():
     conversation = make(max_new_tokens=6, block_size=64)
     for turn in range(60):
         talk(conversation, "你好吗")
-        assert conversation.first % 2 == 0 and conversation.used() <= 64
+        kept = [ids for _, ids in conversation.utterances[conversation.first:]]
+        assert conversation.first % 2 == 0 and sum(map(len, kept)) + len(kept) - 1 <= 64  # the last <sep> comes with the next turn
+        assert conversation.used() <= 64
     assert conversation.first > 90
     spoken = sum(len(ids) + 1 for _, ids in conversation.utterances)
     assert conversation.computed < 2.5 * spoken  # half is dropped at once, so what is kept is seldom computed again
