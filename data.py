@@ -4,9 +4,11 @@ Positions and targets. A dialogue of n tokens (its last one is `<pad>`, the end)
 token i + 1. Positions that are mere filling have the target -100 and the document number -1.
 """
 
+import codecs
+import contextlib
 import glob
 import hashlib
-import itertools
+import io
 import json
 import os
 import shutil
@@ -20,27 +22,44 @@ from tqdm import tqdm
 import settings as settings_module
 import tokenizer as tokenizer_module
 from settings import TrainSettings, UserError
-from tokenizer import PAD, SEP
+from tokenizer import CODE_POINTS, PAD, SEP, code_points, text_of
 
 STORE_FORMAT = 2
-CHUNK = 1 << 18  # characters encoded at once
+BLOCK = 1 << 20  # bytes read at once
 IGNORE = -100  # target of a position that is not scored
+NEWLINE = ord("\n")
+SPACE = np.zeros(CODE_POINTS, dtype=bool)  # what str.isspace says
+SPACE[[point for point in range(0x3001) if chr(point).isspace()]] = True
 
 
-# Readers: a corpus is an iterator of dialogues, a dialogue is its utterances joined by newlines.
+# Readers: a corpus is dialogues, a dialogue is its utterances joined by newlines.
 
-def read_dialogues(path, bar=None):
-    """Yields each dialogue of a .txt or .jsonl corpus; never holds more than one. `bar` is told of the bytes read."""
-    reader = _read_jsonl if path.endswith((".jsonl", ".json")) else _read_text
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            done = 0
-            for number, dialogue in enumerate(reader(file, path)):
-                yield dialogue
-                if bar is not None and number % 1000 == 0:
-                    bar.update(-done + (done := file.buffer.tell()))
+def read_dialogues(path):
+    """Yields each dialogue of a .txt or .jsonl corpus."""
+    for points, lengths in read_groups(path):
+        ends = np.cumsum(lengths)
+        for begin, end in zip(ends - lengths, ends):
+            yield text_of(points[begin:end - 1])
+
+
+def read_groups(path, bar=None):
+    """Yields the dialogues of a corpus some at a time, each closed by a newline: (code points (N,) uint32, lengths (D,)).
+
+    Never holds more than a block of the file and the dialogue it ends in. `bar` is told of the bytes read.
+    """
+    with corpus_errors(path), open(path, "rb") as file:
+        done = 0
+        for group in (_read_jsonl if path.endswith((".jsonl", ".json")) else _read_text)(file, path):
+            yield group
             if bar is not None:
-                bar.update(-done + file.buffer.tell())
+                bar.update(-done + (done := file.tell()))
+
+
+@contextlib.contextmanager
+def corpus_errors(path):
+    """What a person can get wrong about a corpus, in one line each."""
+    try:
+        yield
     except FileNotFoundError:
         raise UserError(f"data_path={path} does not exist; put a text file there, an utterance a line and an empty line "
                         "between dialogues (data/sample_dialogues.txt is one), or fetch one: python data.py download chat")
@@ -52,13 +71,28 @@ def read_dialogues(path, bar=None):
 
 
 def _read_text(file, path):
-    for blank, lines in itertools.groupby(file, str.isspace):
-        if not blank:
-            yield "".join(lines).removesuffix("\n")
+    """Blank lines are found in arrays, not line by line: a line costs as much as a hundred characters in an array."""
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
+    block, rest = b" ", np.zeros(0, np.uint32)
+    while block:
+        block = file.read(BLOCK)
+        points = np.concatenate([rest, code_points(decoder.decode(block, final=not block) + ("" if block else "\n\n"))])
+        ends = np.flatnonzero(points == NEWLINE) + 1  # of lines
+        sizes = np.diff(ends, prepend=0)
+        blank = sizes == 1
+        for line in np.flatnonzero(~blank & SPACE[points[ends - sizes]]):  # begins with a space: has it anything else?
+            blank[line] = SPACE[points[ends[line] - sizes[line]:ends[line]]].all()
+        lines = np.flatnonzero(blank)[-1] + 1 if blank.any() else 0  # up to here all dialogues are whole
+        kept, sizes, end = ~blank[:lines], sizes[:lines], ends[lines - 1] if lines else 0
+        closing = np.flatnonzero(kept & np.append(blank[1:lines], True))  # last lines of dialogues
+        if len(closing):
+            yield points[:end][np.repeat(kept, sizes)], np.diff(np.cumsum(sizes * kept)[closing], prepend=0)
+        rest = points[end:]
 
 
 def _read_jsonl(file, path):
-    for number, line in enumerate(file, 1):
+    group = []
+    for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), 1):
         if line.isspace():
             continue
         try:
@@ -71,26 +105,22 @@ def _read_jsonl(file, path):
                             'or {"conversations": [{"from": …, "value": …}, …]}')
         utterances = [text.encode("utf-8", "replace").decode() for text in utterances if text]  # half a surrogate pair is no character
         if utterances:
-            yield "\n".join(utterances)
-
-
-def chunks(dialogues, characters=CHUNK):
-    """Groups of dialogues of about so many characters together."""
-    group, size = [], 0
-    for dialogue in dialogues:
-        group.append(dialogue)
-        size += len(dialogue)
-        if size >= characters:
-            yield group
-            group, size = [], 0
+            group.append("\n".join(utterances) + "\n")
+        if len(group) == 1000:
+            yield _joined(group)
+            group = []
     if group:
-        yield group
+        yield _joined(group)
+
+
+def _joined(dialogues):
+    return code_points("".join(dialogues)), np.array([len(dialogue) for dialogue in dialogues])
 
 
 # The token store
 
 def file_sha256(path):
-    with open(path, "rb") as file:
+    with corpus_errors(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -110,10 +140,6 @@ def prepare(settings, tokenizer=None):
     path = settings.data_path
     if path is None:
         raise UserError("data_path is not set; name a corpus, for example data_path=data/sample_dialogues.txt")
-    for _ in read_dialogues(path):
-        break
-    else:
-        raise UserError(f"{path} holds no dialogue")
     if tokenizer is None and settings.tokenizer not in ("char", "bpe"):
         tokenizer = tokenizer_module.load(settings.tokenizer)
     corpus = dict(format=STORE_FORMAT, corpus=file_sha256(path), train_percent=settings.train_percent, seed=settings.seed)
@@ -161,30 +187,43 @@ def identity(folder):
 
 
 def _write_store(folder, path, settings, tokenizer, corpus):
-    passes = 2 if tokenizer else 3
-    with tqdm(total=passes * os.path.getsize(path), unit="B", unit_scale=True, desc=f"preparing {path}", disable=None) as bar:
-        count = sum(1 for _ in read_dialogues(path, bar))
-        if count < 2 and settings.train_percent < 1:
-            raise UserError(f"{path} holds one dialogue; it takes two to train on one and measure on the other "
-                            "(an empty line separates dialogues)")
-        training = split_mask(count, settings.train_percent, settings.seed)
-        if tokenizer is None:
-            texts = ("\n".join(group) for group in chunks(itertools.compress(read_dialogues(path, bar), training)))
-            tokenizer = tokenizer_module.train(settings.tokenizer, texts, settings.vocab_size, settings.min_freq)
-        lengths = {"train": [], "val": []}
-        files = {part: open(os.path.join(folder, f"{part}.bin"), "wb") for part in lengths}
-        done = 0
-        for group in chunks(read_dialogues(path, bar)):
-            ids, sizes = tokenizer.encode_dialogues(group)
-            in_training = training[done:done + len(group)]
-            for part, mask in (("train", in_training), ("val", ~in_training)):
-                ids[np.repeat(mask, sizes)].tofile(files[part])
-                lengths[part].append(sizes[mask])
-            done += len(group)
+    decoded = os.path.join(folder, "decoded")  # code points; decoding again would take as long as all the rest
+    groups = []  # lengths of the dialogues
+    with open(decoded, "wb") as file, tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc=f"reading {path}",
+                                           disable=None) as bar:
+        for points, lengths in read_groups(path, bar):
+            points.tofile(file)
+            groups.append(lengths)
+    count = sum(map(len, groups))
+    if count == 0:
+        raise UserError(f"{path} holds no dialogue")
+    if count < 2 and settings.train_percent < 1:
+        raise UserError(f"{path} holds one dialogue; it takes two to train on one and measure on the other "
+                        "(an empty line separates dialogues)")
+    training = split_mask(count, settings.train_percent, settings.seed)
+    training = np.split(training, np.cumsum([len(lengths) for lengths in groups])[:-1])
+
+    def again(doing):
+        with open(decoded, "rb") as file:
+            for lengths, mask in tqdm(zip(groups, training), total=len(groups), desc=doing, disable=None):
+                yield np.fromfile(file, np.uint32, lengths.sum()), lengths, mask
+
+    if tokenizer is None:
+        texts = (points[np.repeat(mask, lengths)] for points, lengths, mask in again("making the vocabulary"))
+        tokenizer = tokenizer_module.train(settings.tokenizer, texts, settings.vocab_size, settings.min_freq)
+    parts = {"train": [], "val": []}
+    with open(os.path.join(folder, "train.bin"), "wb") as train, open(os.path.join(folder, "val.bin"), "wb") as val:
+        for points, lengths, mask in again("encoding"):
+            ids, sizes = tokenizer.encode_dialogues(points, lengths)
+            of_token = np.repeat(mask, sizes)
+            ids[of_token].tofile(train)
+            ids[~of_token].tofile(val)
+            parts["train"].append(sizes[mask])
+            parts["val"].append(sizes[~mask])
+    os.remove(decoded)
     tokens = {}
-    for part, file in files.items():
-        file.close()
-        offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths[part]))])
+    for part, lengths in parts.items():
+        offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
         np.save(os.path.join(folder, f"{part}_offsets.npy"), offsets)
         tokens[part] = int(offsets[-1])
     tokenizer.save(os.path.join(folder, "tokenizer.json"))

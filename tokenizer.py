@@ -17,8 +17,13 @@ CODE_POINTS = 0x110000
 
 
 def code_points(text):
-    """The text's Unicode code points, (len(text),) uint32, without a Python loop."""
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    """The text's Unicode code points, (len(text),) uint32, without a Python loop; such an array stays as it is."""
+    return text if isinstance(text, np.ndarray) else np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+
+
+def text_of(points):
+    """The text of an array of code points; a text stays as it is."""
+    return points if isinstance(points, str) else points.tobytes().decode("utf-32-le", "surrogatepass")
 
 
 class Tokenizer:
@@ -46,15 +51,12 @@ class Tokenizer:
         counts[:3] = 1, 1, 1
         return np.array(counts)
 
-    def encode_dialogues(self, dialogues):
-        """Ids of dialogues (strings), each ended by `<pad>`: (ids (N,), lengths (len(dialogues),))."""
-        encoded = self.encode_batch(dialogues)
-        lengths = np.array([len(ids) + 1 for ids in encoded], dtype=np.int64)
-        ids = np.full(lengths.sum(), PAD, dtype=self.dtype)
-        keep = np.ones(len(ids), dtype=bool)
-        keep[np.cumsum(lengths) - 1] = False
-        ids[keep] = np.concatenate(encoded)
-        return ids, lengths
+    def encode_dialogues(self, points, lengths):
+        """Ids of dialogues given as code points, each closed by a newline, here by `<pad>`: (ids (N,), their lengths)."""
+        text, ends = text_of(points), np.cumsum(lengths)
+        encoded = self.encode_batch([text[begin:end - 1] for begin, end in zip(ends - lengths, ends)])
+        ids = np.concatenate([part for one in encoded for part in (one, np.array([PAD], self.dtype))])
+        return ids, np.array([len(one) + 1 for one in encoded])
 
     @property
     def dtype(self):
@@ -82,32 +84,29 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts, vocab_size=None, min_freq=1):
-        """From an iterable of texts: characters by falling frequency, ties by first appearance."""
+        """From an iterable of texts, or arrays of code points: characters by falling frequency, ties by first appearance."""
         counts = np.zeros(CODE_POINTS, dtype=np.int64)
         first = np.zeros(CODE_POINTS, dtype=np.int64)  # place of first appearance
         seen = 0
         for text in texts:
             points = code_points(text)
             some = np.bincount(points)
-            new = (some > 0) & (counts[:len(some)] == 0)
-            places = np.zeros(len(some), dtype=np.int64)
-            places[points[::-1]] = np.arange(seen + len(points) - 1, seen - 1, -1)  # what is written last stays: the first place
-            first[:len(some)][new] = places[new]
+            places = np.flatnonzero(((some > 0) & (counts[:len(some)] == 0))[points])  # of characters not met before
+            first[points[places[::-1]]] = seen + places[::-1]  # what is written last stays: the first place
             counts[:len(some)] += some
             seen += len(points)
         counts[ord("\n")] = 0
         found = np.flatnonzero(counts >= max(1, min_freq))
         order = found[np.lexsort((first[found], -counts[found]))]
         order = order[:None if vocab_size is None else vocab_size - len(SPECIALS)]
-        return cls(order.astype(np.uint32).tobytes().decode("utf-32-le", "surrogatepass"))
+        return cls(text_of(order.astype(np.uint32)))
 
     def encode(self, text):
         """(len(text),) ids; characters outside the vocabulary are `<unk>`."""
         return self.table[code_points(text)]
 
-    def encode_dialogues(self, dialogues):
-        lengths = np.array([len(dialogue) + 1 for dialogue in dialogues], dtype=np.int64)
-        ids = self.encode("\n".join([*dialogues, ""]))
+    def encode_dialogues(self, points, lengths):
+        ids = self.encode(points)
         ids[np.cumsum(lengths) - 1] = PAD
         return ids, lengths
 
@@ -133,7 +132,7 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts, vocab_size=8000, min_freq=2):
-        """From an iterable of texts; all 256 bytes are in the vocabulary, so nothing is ever `<unk>`."""
+        """From an iterable of texts, or arrays of code points; all 256 bytes are in the vocabulary, so nothing is ever `<unk>`."""
         import tokenizers
         if vocab_size is not None and vocab_size < 256 + len(SPECIALS):
             raise UserError(f"vocab_size={vocab_size} is too small for tokenizer=bpe; it needs {256 + len(SPECIALS)} at least (8000, say)")
@@ -143,7 +142,7 @@ class BPETokenizer(Tokenizer):
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=(vocab_size or 8000) - len(SPECIALS), min_frequency=max(2, min_freq), show_progress=False,
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-        bpe.train_from_iterator((line for text in texts for line in text.split("\n") if line), trainer)
+        bpe.train_from_iterator((line for text in texts for line in text_of(text).split("\n") if line), trainer)
         return cls(bpe.to_str())
 
     def encode_batch(self, texts):
@@ -186,5 +185,5 @@ def load(path):
 
 
 def train(kind, texts, vocab_size=None, min_freq=1):
-    """A new `char` or `bpe` tokenizer from an iterable of texts."""
+    """A new `char` or `bpe` tokenizer from an iterable of texts or arrays of code points."""
     return {"char": CharTokenizer, "bpe": BPETokenizer}[kind].train(texts, vocab_size, min_freq)

@@ -1,8 +1,10 @@
+import itertools
 import json
 import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -40,6 +42,19 @@ def test_text_is_read_with_and_without_bom_and_with_either_line_end(tmp_path, bo
     path = tmp_path / "c.txt"
     path.write_bytes((bom + text).encode())
     assert list(data.read_dialogues(str(path))) == ["\n".join(d) for d in DIALOGUES]
+
+
+@given(st.text(alphabet="a你 \t\u3000\x85\n\r", max_size=80), st.integers(1, 40), st.booleans())
+@hypothesis_settings(deadline=None)
+def test_dialogues_are_what_stands_between_blank_lines_wherever_a_block_ends(text, block, bom):
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "BLOCK", block)
+        path = os.path.join(folder, "c.txt")
+        with open(path, "wb") as file:
+            file.write(("\ufeff" * bom + text).encode())
+        with open(path, encoding="utf-8-sig") as file:
+            expected = ["".join(lines).removesuffix("\n") for blank, lines in itertools.groupby(file, str.isspace) if not blank]
+        assert list(data.read_dialogues(path)) == expected
 
 
 def test_both_forms_of_jsonl_are_read(tmp_path):

@@ -71,7 +71,8 @@ def test_saved_tokenizers_are_the_same_again(kind, tmp_path):
 def test_dialogues_are_encoded_one_after_the_other_each_with_its_end(kind):
     made = tokenizer.train(kind, [TEXT], vocab_size=400)
     dialogues = ["你好\n今天", "很好", "hello"]
-    ids, lengths = made.encode_dialogues(dialogues)
+    text = "".join(dialogue + "\n" for dialogue in dialogues)
+    ids, lengths = made.encode_dialogues(tokenizer.code_points(text), np.array([len(dialogue) + 1 for dialogue in dialogues]))
     parts = [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
     assert parts == [made.encode(dialogue).tolist() + [PAD] for dialogue in dialogues]
 
