@@ -159,7 +159,7 @@ def main():
     parser.add_argument("config", help="YAML file, a checkpoint, or a folder of checkpoints")
     parser.add_argument("override", nargs="*", help="key=value")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and stop")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     values = {"resume_from": options.config}
     if options.config.endswith((".yaml", ".yml")):
         values = settings_module.read_yaml(options.config)

@@ -27,7 +27,7 @@ from tokenizer import PAD, CharTokenizer
 
 FORMAT = 1
 CHECKED = 4000  # characters of the corpus that check_vocabulary reads
-SURPRISE = 2.0  # nats a character over what a model expects: its own corpus gives about 0, a permuted vocabulary 4 or 5
+SURPRISE = 1.0  # nats a character over what a model expects: its own corpus gives 0 or less, a permuted vocabulary 4 or 5
 ABANDONED = 3600  # seconds without a write after which a half-written file belongs to nobody
 
 # Names in the original's state_dict -> ours, applied in this order.
@@ -37,13 +37,13 @@ RENAMED = (
     (".attention.W_", ".attention."), (".ffn.dense1.", ".mlp.up."), (".ffn.", ".mlp."), (".out_net.", ".out."))
 
 
-def make_folder(folder):
-    """Makes the folder that checkpoints will be written to, or says now, not at the first of them, that it cannot be."""
+def make_folder(folder, wish):
+    """Makes the folder that checkpoints will be written to, or says now, not at the first of them, that `wish` cannot be had."""
     try:
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UserError(f"checkpoint_root={folder} cannot be written ({error.strerror}); name another folder")
+        raise UserError(f"{wish} cannot be written ({error.strerror}); name another place")
 
 
 def save(folder, step, content, keep=2):
@@ -124,7 +124,8 @@ def load(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; train one (python train.py config/demo.yaml) or name another checkpoint")
+        way = "download it (python data.py download pretrained)" if "pretrained" in path else "train one (python train.py config/demo.yaml)"
+        raise UserError(f"{path} does not exist; {way} or name another checkpoint")
     except pickle.UnpicklingError:
         raise UserError(f"{path} is refused: it is damaged, or it would run code of its own on loading")
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError, struct.error) as error:
@@ -202,10 +203,10 @@ def from_original(content, path, corpus):
         config = GPTConfig(arch="gpt2", tied=tied, **shape)
         weights |= {name: _padded(weights[name], config.rows) for name in ("embedding.weight", "head.weight")}
         optimizer = _optimizer_state(content, config)
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        progress = dict(step=int(content["global_step"]), epoch=int(content.get("global_epoch", 0)), store=None)
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{path} looks like one of the original's files but is not complete: {error!r}")
     tokenizer = original_vocabulary(corpus, config.vocab_size, path)
-    progress = dict(step=content["global_step"], epoch=content.get("global_epoch", 0), store=None)
     ours = dict(format=FORMAT, model=weights, config=dataclasses.asdict(config), tokenizer=tokenizer.state(), optimizer=optimizer,
                 progress=progress, settings=dict(data_path=content.get("dataset")), metrics={})
     check_vocabulary(unpack(ours, path)[0], tokenizer, corpus, path)
@@ -278,33 +279,40 @@ def check_vocabulary(model, tokenizer, corpus, path):
     """Refuses a corpus of the right vocabulary size in another order.
 
     A model knows how uncertain it is: on its own corpus the mean loss is close to the mean entropy of its predictions,
-    whether it has learned much or little. With the ids of other characters it is sure of what does not come.
+    whether it has learned much or little. With the ids of other characters it is sure of what does not come. A model that
+    knows little but how frequent each id is cannot tell: vocabularies are ordered by frequency. Then a line says so.
     """
     with _open_corpus(corpus) as file:
         dialogues = [text for text in file.read(CHECKED).split("\n\n") if text.strip("\n")]
     loss = entropy = count = 0
+    seen = torch.zeros(model.config.vocab_size)
     for dialogue in dialogues:
         ids = torch.tensor([*tokenizer.encode(dialogue.strip("\n")).tolist(), PAD])[:model.config.block_size + 1]
         scores = model.logits(model.hidden(ids[None, :-1]))[0].log_softmax(dim=-1)  # (T, V)
         loss -= scores.gather(1, ids[1:, None]).sum().item()
         entropy -= (scores.exp() * scores).sum().item()
+        seen += torch.bincount(ids[1:], minlength=len(seen))
         count += len(ids) - 1
     if not count:
         raise UserError(f"{corpus} holds no dialogue in its first {CHECKED} characters")
-    if (loss - entropy) / count > SURPRISE:
+    if not (loss - entropy) / count <= SURPRISE:
         raise UserError(f"{corpus} is not what {path} was trained on: it has as many different characters, but the model, which expects "
                         f"{entropy / count:.1f} nats a character, reads it with {loss / count:.1f}; so its characters are in another order")
+    share = seen[seen > 0] / count
+    if entropy / count > -(share * share.log()).sum() - 0.5:
+        print(f"{path} has learned too little to tell whether {corpus}, unchanged, is what it was trained on: mind that it is",
+              file=sys.stderr)
 
 
 def convert(source, corpus, target):
     """Writes the original's file `source` as a checkpoint that is enough by itself."""
     if os.path.exists(target):
         raise UserError(f"{target} exists; name another file, or remove it first")
+    make_folder(os.path.dirname(target) or ".", target)
     content = load(source)
     if not is_original(content):
         raise UserError(f"{source} is none of the original's files: a checkpoint of this program needs no corpus and no conversion")
     content = from_original(content, source, corpus)
-    os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
     write(target, content)
     model, tokenizer = unpack(content, target)
     print(f"{target}: step {content['progress']['step']}, {model.count_parameters() / 1e6:.1f}M parameters, vocabulary of "

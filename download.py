@@ -8,13 +8,14 @@ import dataclasses
 import glob
 import hashlib
 import http.client
+import json
 import os
-import shutil
 import subprocess
 import sys
 import time
 import typing
 import urllib.error
+import urllib.parse
 import urllib.request
 
 from tqdm import tqdm
@@ -50,8 +51,8 @@ class File:
 def fetch_http(address, temporary, timeout):
     """Over HTTP, with a bar, from where an earlier try broke off."""
     have = os.path.getsize(temporary) if os.path.exists(temporary) else 0
-    request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
     try:
+        request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
         with urllib.request.urlopen(request, timeout=timeout) as response:
             resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
             have = have if resumed else 0
@@ -99,29 +100,23 @@ def fetch_drive(address, temporary, timeout):
             process.communicate()
     if process.returncode or not os.path.exists(temporary):
         lines = [line.strip() for line in words if line.strip()]
-        raise Failed(next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "gdown failed"))
+        first = next((number for number, line in enumerate(lines) if "rror" in line), -1)
+        raise Failed(" ".join(lines[first:])[:300] or "gdown failed")
 
 
 def fetch_weights(address, temporary, timeout):
-    """By huggingface_hub, from HF_ENDPOINT; it resumes by itself. The repository is searched for the file's name."""
-    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", str(max(1, int(timeout))))
-    name = os.path.basename(address)
+    """From a Hugging Face repository, in whatever folder of it the file lies. Not by huggingface_hub, which begins anew after a break."""
+    start, name = address.split("/resolve/")[0], os.path.basename(address)
+    listing = start.replace(REPOSITORY, f"api/models/{REPOSITORY}")
     try:
-        import huggingface_hub
-    except ImportError:
-        raise UserError(f"the weights need huggingface_hub: pip install huggingface_hub; or fetch {address} in a browser and put the file "
-                        f"where it belongs: checkpoints/pretrained/{name}")
-    folder = temporary + ".d"
-    try:
-        paths = [path for path in huggingface_hub.HfApi().list_repo_files(REPOSITORY) if os.path.basename(path) == name]
-        if not paths:
-            raise Failed(f"{REPOSITORY} holds no {name}")
-        os.replace(huggingface_hub.hf_hub_download(REPOSITORY, paths[0], local_dir=folder), temporary)
-    except Failed:
-        raise
-    except Exception as error:  # a library of many kinds of errors, all of the network or the server
-        raise Failed(str(error).strip().split("\n")[0] or type(error).__name__)
-    shutil.rmtree(folder)
+        with urllib.request.urlopen(listing, timeout=timeout) as response:
+            paths = [entry["rfilename"] for entry in json.load(response)["siblings"]]
+    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException):
+        paths = [name]  # a mirror of the files alone; if there is no network, the file itself tells
+    path = next((path for path in paths if os.path.basename(path) == name), None)
+    if path is None:
+        raise Failed(f"{REPOSITORY} holds no {name}")
+    fetch_http(f"{start}/resolve/main/{urllib.parse.quote(path)}", temporary, timeout)
 
 
 # What tells that a file is right
@@ -160,7 +155,7 @@ def check_weights(n_layer):
 
 def files(address=None):
     """What can be fetched: {name: [File, …]}. `address` replaces the published one."""
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     weights = [File(f"checkpoints/pretrained/{name}.pth", f"{endpoint}/{REPOSITORY}/resolve/main/{name}.pth", fetch_weights,
                     check_weights(layers)) for name, layers in (("cpt90M", 12), ("cpt300M", 26))]
     return dict(chat=[File("data/train.txt", address or DRIVE, fetch_drive, check_dialogues)],
@@ -172,13 +167,18 @@ def get(file, tries=5, timeout=30.0):
     """Fetches one file into its place, unless it is there and right."""
     if os.path.exists(file.path):
         try:
+            if os.path.isdir(file.path):
+                raise Wrong("is a folder")
             file.check(file.path)
         except Wrong as error:
             raise UserError(f"{file.path} is there already but {error}; it is left alone: move it away to fetch the published one")
         print(f"{file.path} is there already, and right")
         return
     folder, name = os.path.split(file.path)
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {folder} cannot be made: {error.strerror}")
     temporary, problem = os.path.join(folder, f".downloading-{name}"), None
     for number in range(tries):
         if number:

@@ -67,7 +67,7 @@ def train(settings, runtime, dry_run, begin):
     if dry_run:
         return
     if runtime.main:
-        checkpoint.make_folder(settings.checkpoint_root)
+        checkpoint.make_folder(settings.checkpoint_root, f"checkpoint_root={settings.checkpoint_root}")
     model.to(device).train()
     model.checkpointing = settings.checkpointing
     micro_batch = choose_micro_batch(settings, runtime, model, rows)
@@ -242,7 +242,8 @@ def load_optimizer(optimizer, state):
     try:
         optimizer.load_state_dict(state)
     except ValueError as error:
-        raise UserError(f"the checkpoint's optimizer is another one ({error}); use the same `optimizer`, or start anew")
+        raise UserError(f"the checkpoint's optimizer is another one ({error}); use the same `optimizer` (an original's file: adamw), "
+                        "or start anew")
     for group, kept in zip(optimizer.param_groups, groups):
         group.update(kept)
 

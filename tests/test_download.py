@@ -232,39 +232,49 @@ def test_a_stalling_drive_is_given_up(server, tmp_path):
 
 
 def published_weights(n_layer):
-    """A file like the published ones, but narrow."""
-    path = "weights"
-    content = dict(global_step=1, n_layer=n_layer, n_head=1, n_embd=2, state_dict={"transformer.wte.weight": torch.zeros(3, 2)})
-    return path, content
+    """The content of a file like the published ones, but narrow."""
+    return dict(global_step=1, n_layer=n_layer, n_head=1, n_embd=2, state_dict={"transformer.wte.weight": torch.zeros(3, 2)})
 
 
 @pytest.fixture
 def hub(server, tmp_path):
     """The server as HF_ENDPOINT, with the two files of the repository."""
-    names = ["README.md", "cpt90M.pth", "cpt300M.pth"]
-    listing = dict(id=download.REPOSITORY, modelId=download.REPOSITORY, private=False, tags=[], downloads=0, likes=0, sha="0" * 40,
-                   siblings=[dict(rfilename=name) for name in names])
-    tree = [dict(type="file", path=name, size=1, oid="0" * 40) for name in names]
-    for address, answer in (("", listing), ("/revision/main", listing), ("/tree/main", tree)):  # older and newer huggingface_hub
-        server.contents[f"/api/models/{download.REPOSITORY}{address}"] = json.dumps(answer).encode()
-    for name, layers in (("cpt90M.pth", 12), ("cpt300M.pth", 26)):
-        torch.save(published_weights(layers)[1], tmp_path / "x")
-        server.contents[f"/{download.REPOSITORY}/resolve/{'main'}/{name}"] = (tmp_path / "x").read_bytes()
-        server.contents[f"/{download.REPOSITORY}/resolve/{'0' * 40}/{name}"] = (tmp_path / "x").read_bytes()
+    listing = dict(id=download.REPOSITORY, siblings=[dict(rfilename=name) for name in ("README.md", "cpt90M.pth", "a b/cpt300M.pth")])
+    server.contents[f"/api/models/{download.REPOSITORY}"] = json.dumps(listing).encode()
+    for name, layers in (("cpt90M.pth", 12), ("a%20b/cpt300M.pth", 26)):
+        torch.save(published_weights(layers), tmp_path / "x")
+        server.contents[f"/{download.REPOSITORY}/resolve/main/{name}"] = (tmp_path / "x").read_bytes()
     os.unlink(tmp_path / "x")
     return server
 
 
-def test_the_weights_come_by_huggingface_hub_from_any_endpoint(hub, tmp_path):
-    done = command(tmp_path, "pretrained", HF_ENDPOINT=hub.address, HF_HOME=str(tmp_path / "home"), HF_HUB_DISABLE_XET="1")
+def test_the_weights_come_from_any_endpoint_and_any_folder_of_the_repository(hub, tmp_path):
+    done = command(tmp_path, "pretrained", HF_ENDPOINT=hub.address + "/")
     assert done.returncode == 0, done.stderr
     assert content_of(tmp_path / "checkpoints" / "pretrained") == ["cpt300M.pth", "cpt90M.pth"]
 
 
+def test_the_weights_come_from_a_mirror_that_lists_no_files(hub, tmp_path):
+    del hub.contents[f"/api/models/{download.REPOSITORY}"]
+    done = command(tmp_path, "pretrained", "--tries", "1", HF_ENDPOINT=hub.address)
+    assert content_of(tmp_path / "checkpoints" / "pretrained") == ["cpt90M.pth"]
+    assert done.returncode == 2 and "answers 404" in last_line(done) and "put it at checkpoints/pretrained/cpt300M.pth" in last_line(done)
+
+
+def test_interrupted_weights_are_resumed_by_the_next_call(hub, tmp_path):
+    hub.faults = [None, "break"]  # the list of files comes first
+    assert command(tmp_path, "pretrained", "--tries", "1", HF_ENDPOINT=hub.address).returncode == 2
+    assert ".downloading-cpt90M.pth" in content_of(tmp_path / "checkpoints" / "pretrained")
+    done = command(tmp_path, "pretrained", "--tries", "1", HF_ENDPOINT=hub.address)
+    assert done.returncode == 0, done.stderr
+    size = len(hub.contents[f"/{download.REPOSITORY}/resolve/main/cpt90M.pth"])
+    assert [seen[2] for seen in hub.seen if seen[1].endswith("cpt90M.pth")] == [None, f"bytes={size // 2}-"]
+
+
 def test_weights_that_are_not_the_published_ones_are_refused(hub, tmp_path):
-    address = next(path for path in hub.contents if path.endswith("main/cpt300M.pth"))
-    hub.contents[address] = hub.contents[address.replace("300M", "90M")]
-    done = command(tmp_path, "pretrained", "--tries", "1", HF_ENDPOINT=hub.address, HF_HOME=str(tmp_path / "home"), HF_HUB_DISABLE_XET="1")
+    address = next(path for path in hub.contents if path.endswith("cpt300M.pth"))
+    hub.contents[address] = hub.contents[address.replace("a%20b/cpt300M", "cpt90M")]
+    done = command(tmp_path, "pretrained", "--tries", "1", HF_ENDPOINT=hub.address)
     assert done.returncode == 2 and "what came is not the published checkpoint of 26 layers" in last_line(done)
     assert content_of(tmp_path / "checkpoints" / "pretrained") == ["cpt90M.pth"]  # the other one is kept
 
@@ -272,18 +282,24 @@ def test_weights_that_are_not_the_published_ones_are_refused(hub, tmp_path):
 def test_all_tells_of_every_file_that_could_not_be_had(tmp_path):
     without = tmp_path / "without"
     without.mkdir()
-    for name in ("gdown", "huggingface_hub"):
-        (without / f"{name}.py").write_text(f"raise ImportError('no {name}')")
+    (without / "gdown.py").write_text("raise ImportError('no gdown')")
     done = command(tmp_path, "all", "--tries", "1", PYTHONPATH=str(without), https_proxy="http://127.0.0.1:9", NO_PROXY="", no_proxy="")
     errors = [line for line in done.stderr.split("\n") if line.startswith("error: ")]
     assert done.returncode == 2 and len(errors) == 4 and "Traceback" not in done.stderr
     assert "pip install gdown" in errors[0] and "data/train.txt" in errors[0] and download.DRIVE in errors[0]
     assert download.REVIEWS in errors[1] and "put it at data/ChnSentiCorp_htl_all.csv" in errors[1]
-    assert "pip install huggingface_hub" in errors[2] and "resolve/main/cpt90M.pth" in errors[2]
+    assert "huggingface.co/cjl196/small-gpt/resolve/main/cpt90M.pth could not be fetched" in errors[2]
     assert "checkpoints/pretrained/cpt300M.pth" in errors[3]
 
 
-@pytest.mark.parametrize("arguments", [["cats"], ["all", "--address", "http://127.0.0.1:9"], ["chat", "--tries", "0"]])
+def test_a_folder_where_the_file_belongs_is_left_alone(tmp_path):
+    (tmp_path / "data" / "ChnSentiCorp_htl_all.csv").mkdir(parents=True)
+    done = command(tmp_path, "sentiment", "--address", "http://127.0.0.1:9/reviews.csv")
+    assert done.returncode == 2 and "is a folder; it is left alone" in last_line(done) and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["cats"], ["all", "--address", "http://127.0.0.1:9"], ["chat", "--tries", "0"],
+                                       ["sentiment", "--tries", "1", "--address", "nonsense"]])
 def test_wrong_arguments_end_with_status_2(tmp_path, arguments):
     done = command(tmp_path, *arguments)
     assert done.returncode == 2 and "Traceback" not in done.stderr
