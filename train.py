@@ -146,7 +146,8 @@ def train(settings, runtime, dry_run, begin):
         if finished:
             bar.close()
             runtime.say(f"finished after {step} steps and {minutes:.1f} minutes: {settings.checkpoint_root}/last.pth, and best.pth with "
-                        f"the best validation loss, {progress['best']:.4f}\ntalk to it: python chat.py {settings.checkpoint_root}/best.pth")
+                        f"the best validation loss, {progress['best']:.4f}\ntalk to it: python chat.py {settings.checkpoint_root}/best.pth "
+                        "(last.pth knows a small training text better)")
             break
 
         # One step: the rows [row, row + train_batch) of the epoch, the same whatever the number of processes.
