@@ -144,12 +144,14 @@ def test_a_corpus_with_another_vocabulary_size_is_refused(tmp_path):
         checkpoint.load_model(path, corpus=str(tmp_path / "other.txt"))
 
 
-def test_a_corpus_with_as_many_but_other_characters_is_refused_when_the_model_has_learned(tmp_path):
+def test_a_corpus_with_as_many_but_other_characters_is_refused_when_the_model_has_learned(tmp_path, capsys):
     letters = "".join(chr(ord("一") + i) for i in range(40))
     lines = ["".join(letters[(start + i) % 40] for i in range(8)) for start in range(0, 120, 3)]  # the next character follows
     other = [random.Random(number).sample(letters, 40) for number in range(8)]  # any character follows
     text = "\n\n".join(lines)
     path, corpus, reference, _ = write_original(tmp_path, text=text)
+    checkpoint.load_model(path, corpus=corpus)
+    assert "learned too little to tell" in capsys.readouterr().err
     optimizer = torch.optim.AdamW(reference.parameters(), lr=0.01)
     ids = torch.tensor([[vocabulary(text).index(c) for c in line] + [PAD] for line in lines])
     for _ in range(100):
@@ -158,6 +160,7 @@ def test_a_corpus_with_as_many_but_other_characters_is_refused_when_the_model_ha
         optimizer.zero_grad()
     torch.save(torch.load(path) | dict(state_dict=reference.state_dict()), path)
     checkpoint.load_model(path, corpus=corpus)
+    assert capsys.readouterr().err == ""
     (tmp_path / "other.txt").write_text("\n\n".join("".join(line) for line in other), encoding="utf-8")
     with pytest.raises(UserError, match="as many different characters"):
         checkpoint.load_model(path, corpus=str(tmp_path / "other.txt"))
@@ -191,7 +194,8 @@ def test_convert_makes_the_file_self_contained(tmp_path):
     torch.testing.assert_close(model.logits(model.hidden(ids)), reference(ids), atol=1e-4, rtol=0)
     for arguments, reason in (((path, "--corpus", corpus, target), "exists"),
                               ((target, "--corpus", corpus, target + "2"), "no conversion"),
-                              (("no.pth", "--corpus", corpus, target + "2"), "does not exist")):
+                              (("no.pth", "--corpus", corpus, target + "2"), "does not exist"),
+                              ((path, "--corpus", corpus, corpus + "/2"), "cannot be written")):
         refused = convert(*arguments)
         assert refused.returncode == 2 and reason in refused.stderr and refused.stderr.count("\n") == 1, refused.stderr
         assert not os.path.exists(target + "2")
