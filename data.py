@@ -92,7 +92,8 @@ def _read_text(file, path):
 
 def _read_jsonl(file, path):
     group = []
-    for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), 1):
+    for number, line in enumerate(file, 1):
+        line = line.decode("utf-8-sig")
         if line.isspace():
             continue
         try:

@@ -66,6 +66,17 @@ def test_both_forms_of_jsonl_are_read(tmp_path):
     assert list(data.read_dialogues(str(path))) == ["你 好\n嗯", "吃了吗\n吃了"]
 
 
+def test_a_store_of_jsonl_is_that_of_the_same_text(tmp_path):
+    dialogues = [[f"第{i}句", f"好{i % 7}"] for i in range(2500)]
+    (tmp_path / "c.txt").write_text("\n\n".join(map("\n".join, dialogues)))
+    turns = [[dict(role="user", content=text) for text in dialogue] for dialogue in dialogues]
+    (tmp_path / "c.jsonl").write_text("\ufeff" + "\r\n".join(json.dumps({"messages": messages}) for messages in turns))
+    stores = [data.prepare(make_settings(tmp_path / name)) for name in ("c.txt", "c.jsonl")]
+    for name in ("train.bin", "val.bin", "train_offsets.npy", "tokenizer.json"):
+        first, second = (open(os.path.join(store, name), "rb").read() for store in stores)
+        assert first == second
+
+
 def test_half_an_emoji_in_jsonl_becomes_a_question_mark(tmp_path):
     path = tmp_path / "c.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "好\\ud83d"}, {"role": "assistant", "content": "嗯"}]}\n')
