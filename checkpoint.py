@@ -308,10 +308,10 @@ def convert(source, corpus, target):
     """Writes the original's file `source` as a checkpoint that is enough by itself."""
     if os.path.exists(target):
         raise UserError(f"{target} exists; name another file, or remove it first")
-    make_folder(os.path.dirname(target) or ".", target)
     content = load(source)
     if not is_original(content):
         raise UserError(f"{source} is none of the original's files: a checkpoint of this program needs no corpus and no conversion")
+    make_folder(os.path.dirname(target) or ".", target)
     content = from_original(content, source, corpus)
     write(target, content)
     model, tokenizer = unpack(content, target)

@@ -195,7 +195,7 @@ def test_convert_makes_the_file_self_contained(tmp_path):
     for arguments, reason in (((path, "--corpus", corpus, target), "exists"),
                               ((target, "--corpus", corpus, target + "2"), "no conversion"),
                               (("no.pth", "--corpus", corpus, target + "2"), "does not exist"),
-                              ((path, "--corpus", corpus, corpus + "/2"), "cannot be written")):
+                              ((path, "--corpus", corpus, path + "/2"), "cannot be written")):
         refused = convert(*arguments)
         assert refused.returncode == 2 and reason in refused.stderr and refused.stderr.count("\n") == 1, refused.stderr
         assert not os.path.exists(target + "2")
