@@ -87,6 +87,7 @@ def train(settings, runtime, dry_run, begin):
     if not own:
         progress |= dict(best=math.inf, worse=0)
     saved_step, saved_path = progress["step"] if own else -1, path
+    metrics = saved["metrics"] if own else {}
     saved = None  # gives its memory back
     if settings.compile:
         compile_or_say(model, runtime)
@@ -96,7 +97,7 @@ def train(settings, runtime, dry_run, begin):
     writer = rt.tensorboard(runtime, settings.tensorboard_path)
     peak, _ = rt.peak_flops(runtime)
     samples = sample_prompts(held_out, tokenizer, settings.block_size)
-    metrics, refused = {}, 0
+    refused = 0
     earlier = progress["minutes"]
     bar = rt.step_bar(runtime, initial=progress["step"])
     tick, tick_tokens, mean_loss = time.perf_counter(), 0, None

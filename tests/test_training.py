@@ -62,6 +62,16 @@ def test_a_run_killed_again_and_again_ends_with_the_weights_of_an_undisturbed_on
     assert ends[0]["metrics"] == ends[1]["metrics"] and ends[0]["progress"]["tokens"] == ends[1]["progress"]["tokens"]
 
 
+def test_the_measures_of_the_last_evaluation_outlive_a_stop(trained):
+    _, _, folder = trained(max_steps=12, save_freq=5, eval_freq=4)
+    whole = runs.checkpoint(folder)["metrics"]
+    for name in ("cpt12.pth", "last.pth", "best.pth"):
+        os.unlink(folder / name)
+    assert steps_of(folder)[-1] == 10  # after the evaluation at 8; what step 12 holds is from before its own
+    trained(max_steps=12, save_freq=5, eval_freq=4, resume_from="auto")
+    assert whole and runs.checkpoint(folder)["metrics"] == whole
+
+
 def test_resume_is_bit_identical(trained):
     """In the middle of an epoch, with the tokenizer from the checkpoint and the token store made anew."""
     values = dict(max_steps=12, save_freq=5, dropout=0.2)
