@@ -73,9 +73,9 @@ def corpus_errors(path):
 def _read_text(file, path):
     """Blank lines are found in arrays, not line by line: a line costs as much as a hundred characters in an array."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
-    block, rest = b" ", np.zeros(0, np.uint32)
+    block, rest, size = b" ", np.zeros(0, np.uint32), BLOCK
     while block:
-        block = file.read(BLOCK)
+        block = file.read(size)
         points = np.concatenate([rest, code_points(decoder.decode(block, final=not block) + ("" if block else "\n\n"))])
         ends = np.flatnonzero(points == NEWLINE) + 1  # of lines
         sizes = np.diff(ends, prepend=0)
@@ -87,7 +87,7 @@ def _read_text(file, path):
         closing = np.flatnonzero(kept & np.append(blank[1:lines], True))  # last lines of dialogues
         if len(closing):
             yield points[:end][np.repeat(kept, sizes)], np.diff(np.cumsum(sizes * kept)[closing], prepend=0)
-        rest = points[end:]
+        rest, size = points[end:], BLOCK if lines else 2 * size  # where no dialogue ends, so that none is looked through again and again
 
 
 def _read_jsonl(file, path):
