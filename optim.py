@@ -5,11 +5,12 @@ import math
 import torch
 
 
-class StackedMuon(torch.optim.Muon):
-    """torch.optim.Muon (Jordan et al. 2024), with the matrices of one shape orthogonalised together.
+class BlockMuon(torch.optim.Muon):
+    """Muon (Jordan et al. 2024) that orthogonalises matrices in blocks, those of one shape together.
 
-    The same update and state, with fewer and larger kernels. `dtype` is the arithmetic of the
-    orthogonalisation: bfloat16 as there, or float32, where runs are to agree to float32's precision.
+    `blocks` of a parameter group has a pair for each matrix: the size of its blocks, and the side (0 or 1) that they divide.
+    A block as large as the side is torch.optim.Muon; an update's norm is that one's in any case. `dtype` is the arithmetic
+    of the orthogonalisation: bfloat16 as there, or float32, where runs are to agree to float32's precision.
     """
 
     def __init__(self, params, dtype=torch.bfloat16, **options):
@@ -20,23 +21,37 @@ class StackedMuon(torch.optim.Muon):
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
-            shapes = {}
-            for parameter in group["params"]:
+            alike = {}
+            for parameter, (size, side) in zip(group["params"], group["blocks"]):
                 if parameter.grad is not None:
-                    shapes.setdefault(parameter.shape, []).append(parameter)
-            for shape, parameters in shapes.items():
-                gradients = [parameter.grad for parameter in parameters]
-                for parameter in parameters:
                     if "momentum_buffer" not in self.state[parameter]:
                         self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                    alike.setdefault((size, parameter.shape[1 - side]), []).append((parameter, side))
+            for (size, width), members in alike.items():
+                parameters, sides = zip(*members)
+                gradients = [parameter.grad for parameter in parameters]
                 momentum = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
                 torch._foreach_lerp_(momentum, gradients, 1 - group["momentum"])
                 updates = torch._foreach_lerp(gradients, momentum, group["momentum"]) if group["nesterov"] else momentum
-                updates = orthogonalise(torch.stack(updates).to(self.dtype), group["ns_coefficients"], group["ns_steps"], group["eps"])
+                updates = torch.cat([update.mT if side else update for update, side in zip(updates, sides)]).to(self.dtype)
+                updates = orthogonalise(updates.view(-1, size, width), group["ns_coefficients"], group["ns_steps"], group["eps"])
+                updates = updates.reshape(-1, width).split([p.shape[side] for p, side in members])
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                scale = group["lr"] * math.sqrt(max(1, shape[0] / shape[1]))
-                torch._foreach_add_(parameters, [u.to(parameters[0].dtype) for u in updates.unbind()], alpha=-scale)
+                for update, (parameter, side) in zip(updates, members):
+                    # Of so many singular values of 1 has torch.optim.Muon's update the norm: as many as the matrix has rows.
+                    scale = math.sqrt(parameter.shape[0] / (parameter.shape[side] / size * min(size, width)))
+                    parameter.add_((update.mT if side else update).to(parameter.dtype), alpha=-group["lr"] * scale)
         return loss
+
+
+def muon_block(name, matrix, head_size):
+    """(size, side) of the blocks of a matrix inside a GPT's block: an attention head, or 64 hidden units of the MLP.
+
+    What a head does is its own affair, so its part of an update had better not depend on what other heads need. Blocks learn
+    faster than whole matrices, and cost a fraction: 5 times less at a width of 256, 15 times at 768 (bench/LOG.md).
+    """
+    side = int(name.endswith("out.weight"))  # what writes to the residual stream has its heads or units in its columns
+    return head_size if ".attention." in name else math.gcd(matrix.shape[side], 64), side
 
 
 def orthogonalise(matrices, coefficients, steps, eps):
@@ -59,17 +74,17 @@ def make_optimizers(model, settings, dtype=torch.bfloat16):
     Each group keeps its peak learning rate as "peak"; frozen parameters are left out.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    matrices = [p for name, p in named if p.dim() == 2 and "blocks." in name and settings.optimizer == "muon"]
-    hidden = {id(p) for p in matrices}
-    decayed = [p for _, p in named if p.dim() == 2 and id(p) not in hidden]
+    matrices = {name: p for name, p in named if p.dim() == 2 and "blocks." in name and settings.optimizer == "muon"}
+    decayed = [p for name, p in named if p.dim() == 2 and name not in matrices]
     vectors = [p for _, p in named if p.dim() < 2]
     groups = [dict(params=decayed, weight_decay=settings.weight_decay), dict(params=vectors, weight_decay=0.0)]
     adamw = torch.optim.AdamW([g | dict(peak=settings.lr) for g in groups if g["params"]], lr=settings.lr,
                               betas=(settings.beta1, settings.beta2), fused=True)
     if not matrices:
         return [adamw]
-    muon = StackedMuon([dict(params=matrices, peak=settings.muon_lr)], lr=settings.muon_lr, weight_decay=settings.weight_decay,
-                       dtype=torch.float32 if dtype == torch.float32 else torch.bfloat16)
+    blocks = [muon_block(name, matrix, model.config.head_size) for name, matrix in matrices.items()]
+    muon = BlockMuon([dict(params=list(matrices.values()), blocks=blocks, peak=settings.muon_lr)], lr=settings.muon_lr,
+                     weight_decay=settings.weight_decay, dtype=torch.float32 if dtype == torch.float32 else torch.bfloat16)
     return [muon, adamw]
 
 

@@ -259,7 +259,7 @@ def ours(settings, documents, vocab_size, runtime):
         with runtime.autocast():
             return model.loss(inputs, targets)
 
-    return Contender(model, make_optimizers(model, settings), batches(), loss, nats, runtime, settings.grad_clip or float("inf"))
+    return Contender(model, make_optimizers(model, settings, runtime.dtype), batches(), loss, nats, runtime, settings.grad_clip or float("inf"))
 
 
 def start(settings):

@@ -20,7 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import runtime as rt
 import settings as settings_module
 from model import GPT, GPTConfig
-from optim import make_optimizers
+from optim import make_optimizers, muon_block
 from settings import TrainSettings
 
 VOCABULARY = 7587
@@ -108,8 +108,12 @@ def step_seconds(gradient_bytes, compute, update, gpus, bandwidth):
 
 def update_seconds(model, settings):
     """Of Muon's five Newton-Schulz iterations of three products each; AdamW's time is left out, it is a few memory passes."""
-    sides = [sorted(p.shape) for p in model.blocks.parameters() if p.dim() == 2 and settings.optimizer == "muon"]
-    return sum(5 * (4 * a * a * b + 2 * a ** 3) for a, b in sides) / (GPU * MFU)
+    operations = 0
+    for name, matrix in model.named_parameters():
+        if matrix.dim() == 2 and "blocks." in name and settings.optimizer == "muon":
+            size, side = muon_block(name, matrix, model.config.head_size)
+            operations += matrix.shape[side] // size * 5 * (4 * size ** 2 * matrix.shape[1 - side] + 2 * size ** 3)
+    return operations / (GPU * MFU)
 
 
 def predict(config, settings):

@@ -1,25 +1,66 @@
+import math
+
 import pytest
 import torch
 
 from model import GPT, GPTConfig
-from optim import StackedMuon, learning_rate, make_optimizers
+from optim import BlockMuon, learning_rate, make_optimizers
 from settings import TrainSettings, build
 
 
-def test_stacked_muon_equals_the_library_one():
+SHAPES = [(64, 64)] * 3 + [(64, 128)] * 2 + [(128, 64)]
+
+
+def steps_of(optimizers, parameters):
+    """Five steps of each optimizer on its own copy of the parameters, with the same gradients."""
     torch.manual_seed(0)
-    shapes = [(64, 64)] * 3 + [(64, 128)] * 2 + [(128, 64)]
-    ours, theirs = ([torch.nn.Parameter(torch.full(shape, 0.1)) for shape in shapes] for _ in range(2))
-    optimizers = [kind(parameters, lr=0.02, weight_decay=0.1) for kind, parameters in ((StackedMuon, ours), (torch.optim.Muon, theirs))]
     for _ in range(5):
-        for a, b in zip(ours, theirs):
-            a.grad = torch.randn_like(a)
-            b.grad = a.grad.clone()
+        for copies in zip(*parameters):
+            gradient = torch.randn_like(copies[0])
+            for copy in copies:
+                copy.grad = gradient.clone()
         for optimizer in optimizers:
             optimizer.step()
+
+
+def test_muon_of_whole_matrices_equals_the_library_one():
+    ours, theirs = ([torch.nn.Parameter(torch.full(shape, 0.1)) for shape in SHAPES] for _ in range(2))
+    blocks = [(shape[0], 0) for shape in SHAPES]
+    optimizers = [BlockMuon([dict(params=ours, blocks=blocks)], lr=0.02, weight_decay=0.1), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)]
+    steps_of(optimizers, [ours, theirs])
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, atol=2e-3, rtol=0)  # both orthogonalise in bfloat16
     assert optimizers[0].state_dict().keys() == optimizers[1].state_dict().keys()
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_muon_of_blocks_equals_muon_of_each_alone_but_for_the_norm(side):
+    whole = [torch.nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
+    parts = [[torch.nn.Parameter(part.clone()) for part in matrix.detach().split(32, dim=side)] for matrix in whole]
+    torch.manual_seed(0)
+    for matrix, blocks in zip(whole, parts):
+        matrix.grad = torch.randn_like(matrix)
+        for block, gradient in zip(blocks, matrix.grad.split(32, dim=side)):
+            block.grad = gradient.clone()
+    BlockMuon([dict(params=whole, blocks=[(32, side)] * len(whole))], lr=1.0, weight_decay=0, dtype=torch.float32).step()
+    for matrix, blocks in zip(whole, parts):
+        BlockMuon([dict(params=blocks, blocks=[(block.shape[0], 0) for block in blocks])], lr=1.0, weight_decay=0, dtype=torch.float32).step()
+        together = torch.cat([block.detach() for block in blocks], dim=side)
+        torch.testing.assert_close(matrix.detach() / matrix.norm(), together / together.norm(), atol=1e-5, rtol=1e-4)
+        assert matrix.norm().item() == pytest.approx(math.sqrt(matrix.shape[0]), rel=0.2)  # of torch.optim.Muon's update
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "modern"])
+def test_muon_takes_attention_by_heads(arch):
+    model = GPT(GPTConfig(vocab_size=70, arch=arch, n_layer=1, n_head=4, n_kv_head=2, n_embd=80, block_size=16))
+    muon, _ = make_optimizers(model, build(TrainSettings, dict(optimizer="muon")))
+    (group,) = muon.param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    blocks = {names[id(parameter)]: (parameter.shape[side], size, side) for parameter, (size, side) in zip(group["params"], group["blocks"])}
+    attention = "blocks.0.attention."
+    assert [blocks[f"{attention}{part}.weight"] for part in ("q", "k", "v", "out")] == [(80, 20, 0), (40, 20, 0), (40, 20, 0), (80, 20, 1)]
+    hidden = model.config.hidden_size
+    assert blocks["blocks.0.mlp.up.weight"] == (hidden, 64, 0) and blocks["blocks.0.mlp.out.weight"] == (hidden, 64, 1)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
