@@ -82,7 +82,8 @@ def make_optimizers(model, settings, dtype=torch.bfloat16):
                               betas=(settings.beta1, settings.beta2), fused=True)
     if not matrices:
         return [adamw]
-    blocks = [muon_block(name, matrix, model.config.head_size) for name, matrix in matrices.items()]
+    config = next(part.config for part in model.modules() if hasattr(part, "config"))  # a classifier's GPT has it
+    blocks = [muon_block(name, matrix, config.head_size) for name, matrix in matrices.items()]
     muon = BlockMuon([dict(params=list(matrices.values()), blocks=blocks, peak=settings.muon_lr)], lr=settings.muon_lr,
                      weight_decay=settings.weight_decay, dtype=torch.float32 if dtype == torch.float32 else torch.bfloat16)
     return [muon, adamw]

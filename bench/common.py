@@ -259,7 +259,8 @@ def ours(settings, documents, vocab_size, runtime):
         with runtime.autocast():
             return model.loss(inputs, targets)
 
-    return Contender(model, make_optimizers(model, settings, runtime.dtype), batches(), loss, nats, runtime, settings.grad_clip or float("inf"))
+    optimizers = make_optimizers(model, settings, runtime.dtype)
+    return Contender(model, optimizers, batches(), loss, nats, runtime, settings.grad_clip or float("inf"))
 
 
 def start(settings):

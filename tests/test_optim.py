@@ -3,31 +3,25 @@ import math
 import pytest
 import torch
 
-from model import GPT, GPTConfig
+from model import GPT, Classifier, GPTConfig
 from optim import BlockMuon, learning_rate, make_optimizers
 from settings import TrainSettings, build
 
-
 SHAPES = [(64, 64)] * 3 + [(64, 128)] * 2 + [(128, 64)]
-
-
-def steps_of(optimizers, parameters):
-    """Five steps of each optimizer on its own copy of the parameters, with the same gradients."""
-    torch.manual_seed(0)
-    for _ in range(5):
-        for copies in zip(*parameters):
-            gradient = torch.randn_like(copies[0])
-            for copy in copies:
-                copy.grad = gradient.clone()
-        for optimizer in optimizers:
-            optimizer.step()
 
 
 def test_muon_of_whole_matrices_equals_the_library_one():
     ours, theirs = ([torch.nn.Parameter(torch.full(shape, 0.1)) for shape in SHAPES] for _ in range(2))
     blocks = [(shape[0], 0) for shape in SHAPES]
-    optimizers = [BlockMuon([dict(params=ours, blocks=blocks)], lr=0.02, weight_decay=0.1), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)]
-    steps_of(optimizers, [ours, theirs])
+    optimizers = [BlockMuon([dict(params=ours, blocks=blocks)], lr=0.02, weight_decay=0.1),
+                  torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)]
+    torch.manual_seed(0)
+    for _ in range(5):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, atol=2e-3, rtol=0)  # both orthogonalise in bfloat16
     assert optimizers[0].state_dict().keys() == optimizers[1].state_dict().keys()
@@ -42,9 +36,13 @@ def test_muon_of_blocks_equals_muon_of_each_alone_but_for_the_norm(side):
         matrix.grad = torch.randn_like(matrix)
         for block, gradient in zip(blocks, matrix.grad.split(32, dim=side)):
             block.grad = gradient.clone()
-    BlockMuon([dict(params=whole, blocks=[(32, side)] * len(whole))], lr=1.0, weight_decay=0, dtype=torch.float32).step()
+
+    def step(matrices, blocks):
+        BlockMuon([dict(params=matrices, blocks=blocks)], dtype=torch.float32, lr=1.0, weight_decay=0).step()
+
+    step(whole, [(32, side)] * len(whole))
     for matrix, blocks in zip(whole, parts):
-        BlockMuon([dict(params=blocks, blocks=[(block.shape[0], 0) for block in blocks])], lr=1.0, weight_decay=0, dtype=torch.float32).step()
+        step(blocks, [(block.shape[0], 0) for block in blocks])
         together = torch.cat([block.detach() for block in blocks], dim=side)
         torch.testing.assert_close(matrix.detach() / matrix.norm(), together / together.norm(), atol=1e-5, rtol=1e-4)
         assert matrix.norm().item() == pytest.approx(math.sqrt(matrix.shape[0]), rel=0.2)  # of torch.optim.Muon's update
@@ -56,7 +54,7 @@ def test_muon_takes_attention_by_heads(arch):
     muon, _ = make_optimizers(model, build(TrainSettings, dict(optimizer="muon")))
     (group,) = muon.param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    blocks = {names[id(parameter)]: (parameter.shape[side], size, side) for parameter, (size, side) in zip(group["params"], group["blocks"])}
+    blocks = {names[id(p)]: (p.shape[side], size, side) for p, (size, side) in zip(group["params"], group["blocks"])}
     attention = "blocks.0.attention."
     assert [blocks[f"{attention}{part}.weight"] for part in ("q", "k", "v", "out")] == [(80, 20, 0), (40, 20, 0), (40, 20, 0), (80, 20, 1)]
     hidden = model.config.hidden_size
@@ -64,9 +62,11 @@ def test_muon_takes_attention_by_heads(arch):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("arch", ["gpt2", "modern"])
-def test_every_parameter_has_one_optimizer_and_vectors_do_not_decay(optimizer, arch):
+@pytest.mark.parametrize("kind", ["gpt2", "modern", "classifier"])
+def test_every_parameter_has_one_optimizer_and_vectors_do_not_decay(optimizer, kind):
+    arch = "gpt2" if kind == "gpt2" else "modern"
     model = GPT(GPTConfig(vocab_size=70, arch=arch, n_layer=2, n_embd=32, block_size=16))
+    model = Classifier(model, 2) if kind == "classifier" else model
     optimizers = make_optimizers(model, build(TrainSettings, dict(optimizer=optimizer, weight_decay=0.3)))
     groups = [group for made in optimizers for group in made.param_groups]
     parameters = [id(parameter) for group in groups for parameter in group["params"]]
