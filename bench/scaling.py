@@ -25,6 +25,7 @@ from settings import TrainSettings
 
 VOCABULARY = 7587
 GPU, MFU = 989e12, 0.4  # an H100's dense bfloat16 peak, and the share of it that a step without communication reaches
+MEMORY = 3.35e12  # bytes/s of an H100's memory
 LINKS = {"NVLink": 350e9, "InfiniBand 400 Gb/s": 45e9, "Ethernet 10 Gb/s": 1.1e9}  # bytes/s that one ring all-reduce moves over a link
 OVERLAP = 0.9  # share of the backward pass that runs while gradients travel; the first bucket must be full before
 LATENCY = 20e-6  # seconds of a ring step
@@ -107,13 +108,15 @@ def step_seconds(gradient_bytes, compute, update, gpus, bandwidth):
 
 
 def update_seconds(model, settings):
-    """Of Muon's five Newton-Schulz iterations of three products each; AdamW's time is left out, it is a few memory passes."""
-    operations = 0
+    """Of Muon: five Newton-Schulz iterations of three products each, which pass over the update three times in bfloat16, and
+    six passes in float32 over gradient, momentum and weight. AdamW's few passes over the rest are left out."""
+    operations = passed = 0
     for name, matrix in model.named_parameters():
         if matrix.dim() == 2 and "blocks." in name and settings.optimizer == "muon":
             size, side = muon_block(name, matrix, model.config.head_size)
             operations += matrix.shape[side] // size * 5 * (4 * size ** 2 * matrix.shape[1 - side] + 2 * size ** 3)
-    return operations / (GPU * MFU)
+            passed += matrix.numel() * (5 * 3 * 2 + 6 * 4)
+    return operations / (GPU * MFU) + passed / MEMORY
 
 
 def predict(config, settings):
