@@ -108,19 +108,19 @@ def step_seconds(gradient_bytes, compute, update, gpus, bandwidth):
 
 
 def update_seconds(model, settings):
-    """Of Muon: five Newton-Schulz iterations of three products each, which pass over the update three times in bfloat16, and
-    six passes in float32 over gradient, momentum and weight. AdamW's few passes over the rest are left out."""
+    """Of Muon: five Newton-Schulz iterations of three products each, which pass over the update six times in bfloat16, and some
+    fourteen passes in float32 over gradient, momentum, update and weight. AdamW's few passes over the rest are left out."""
     operations = passed = 0
     for name, matrix in model.named_parameters():
         if matrix.dim() == 2 and "blocks." in name and settings.optimizer == "muon":
             size, side = muon_block(name, matrix, model.config.head_size)
             operations += matrix.shape[side] // size * 5 * (4 * size ** 2 * matrix.shape[1 - side] + 2 * size ** 3)
-            passed += matrix.numel() * (5 * 3 * 2 + 6 * 4)
+            passed += matrix.numel() * (5 * 6 * 2 + 14 * 4)
     return operations / (GPU * MFU) + passed / MEMORY
 
 
 def predict(config, settings):
-    """Prints what 8 and 16 GPUs give: the configured batch divided among them, and as many rows for each as one has."""
+    """Prints what 2, 8 and 16 GPUs give with the configured batch, and how many rows each needs to spend nine tenths on them."""
     with torch.device("meta"):
         model = make_model(settings)
     gradient_bytes = 4 * model.count_parameters()

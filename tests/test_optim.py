@@ -6,14 +6,16 @@ import torch
 from model import GPT, Classifier, GPTConfig
 from optim import BlockMuon, learning_rate, make_optimizers
 from settings import TrainSettings, build
+from train import load_optimizer
 
 SHAPES = [(64, 64)] * 3 + [(64, 128)] * 2 + [(128, 64)]
 
 
-def test_muon_of_whole_matrices_equals_the_library_one():
+@pytest.mark.parametrize("side", [0, 1])
+def test_muon_of_whole_matrices_equals_the_library_one(side):
     ours, theirs = ([torch.nn.Parameter(torch.full(shape, 0.1)) for shape in SHAPES] for _ in range(2))
-    blocks = [(shape[0], 0) for shape in SHAPES]
-    optimizers = [BlockMuon([dict(params=ours, blocks=blocks)], lr=0.02, weight_decay=0.1),
+    blocks = [(shape[side], side) for shape in SHAPES]
+    optimizers = [BlockMuon([dict(params=ours, blocks=blocks)], torch.bfloat16, lr=0.02, weight_decay=0.1),
                   torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)]
     torch.manual_seed(0)
     for _ in range(5):
@@ -24,7 +26,7 @@ def test_muon_of_whole_matrices_equals_the_library_one():
             optimizer.step()
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, atol=2e-3, rtol=0)  # both orthogonalise in bfloat16
-    assert optimizers[0].state_dict().keys() == optimizers[1].state_dict().keys()
+    assert optimizers[0].state_dict()["state"][0].keys() == optimizers[1].state_dict()["state"][0].keys()
 
 
 @pytest.mark.parametrize("side", [0, 1])
@@ -38,7 +40,7 @@ def test_muon_of_blocks_equals_muon_of_each_alone_but_for_the_norm(side):
             block.grad = gradient.clone()
 
     def step(matrices, blocks):
-        BlockMuon([dict(params=matrices, blocks=blocks)], dtype=torch.float32, lr=1.0, weight_decay=0).step()
+        BlockMuon([dict(params=matrices, blocks=blocks)], torch.float32, lr=1.0, weight_decay=0).step()
 
     step(whole, [(32, side)] * len(whole))
     for matrix, blocks in zip(whole, parts):
@@ -48,17 +50,46 @@ def test_muon_of_blocks_equals_muon_of_each_alone_but_for_the_norm(side):
         assert matrix.norm().item() == pytest.approx(math.sqrt(matrix.shape[0]), rel=0.2)  # of torch.optim.Muon's update
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "modern"])
-def test_muon_takes_attention_by_heads(arch):
-    model = GPT(GPTConfig(vocab_size=70, arch=arch, n_layer=1, n_head=4, n_kv_head=2, n_embd=80, block_size=16))
-    muon, _ = make_optimizers(model, build(TrainSettings, dict(optimizer="muon")))
+@pytest.mark.parametrize("arch, width, unit", [("gpt2", 80, 64), ("gpt2", 100, 80), ("modern", 80, 64)])
+def test_muon_takes_attention_by_heads_and_hidden_units_by_64_or_more(arch, width, unit):
+    model = GPT(GPTConfig(vocab_size=70, arch=arch, n_layer=1, n_head=4, n_kv_head=2, n_embd=width, block_size=16))
+    muon, _ = make_optimizers(model, build(TrainSettings, dict(optimizer="muon")), torch.float32)
     (group,) = muon.param_groups
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): name.removeprefix("blocks.0.").removesuffix(".weight") for name, parameter in model.named_parameters()}
     blocks = {names[id(p)]: (p.shape[side], size, side) for p, (size, side) in zip(group["params"], group["blocks"])}
-    attention = "blocks.0.attention."
-    assert [blocks[f"{attention}{part}.weight"] for part in ("q", "k", "v", "out")] == [(80, 20, 0), (40, 20, 0), (40, 20, 0), (80, 20, 1)]
-    hidden = model.config.hidden_size
-    assert blocks["blocks.0.mlp.up.weight"] == (hidden, 64, 0) and blocks["blocks.0.mlp.out.weight"] == (hidden, 64, 1)
+    hidden, head = model.config.hidden_size, width // 4
+    wanted = {"q": (width, head, 0), "k": (width // 2, head, 0), "v": (width // 2, head, 0), "out": (width, head, 1)}
+    assert {part: blocks[f"attention.{part}"] for part in wanted} == wanted
+    assert blocks["mlp.up"] == (hidden, unit, 0) and blocks["mlp.out"] == (hidden, unit, 1)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_muon_trains_what_a_classifier_leaves_to_be_trained(frozen):
+    classifier = Classifier(GPT(GPTConfig(vocab_size=70, arch="modern", n_layer=2, n_embd=64, block_size=16)), 2)
+    classifier.freeze(2, frozen)
+    before = {name: parameter.clone() for name, parameter in classifier.named_parameters()}
+    optimizers = make_optimizers(classifier, build(TrainSettings, dict(optimizer="muon")), torch.float32)
+    for _ in range(2):  # what writes to the residual stream starts at 0, and hides all before it from the first gradient
+        classifier(torch.arange(3, 19)[None], torch.tensor([16])).sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    moved = {name for name, parameter in classifier.named_parameters() if not parameter.equal(before[name])}
+    assert moved == {name for name, parameter in classifier.named_parameters() if parameter.requires_grad}
+
+
+def test_optimizer_state_of_a_run_before_there_were_blocks_is_taken_over():
+    model = GPT(GPTConfig(vocab_size=70, arch="modern", n_layer=1, n_embd=64, block_size=16))
+    settings = build(TrainSettings, dict(optimizer="muon"))
+    ids = torch.arange(3, 19)[None]
+    muon, _ = make_optimizers(model, settings, torch.float32)
+    model(ids, ids).backward()
+    muon.step()
+    state = muon.state_dict()
+    del state["param_groups"][0]["blocks"]
+    muon, _ = make_optimizers(model, settings, torch.float32)
+    load_optimizer(muon, state)
+    assert muon.state[muon.param_groups[0]["params"][-1]]["momentum_buffer"].any()
+    muon.step()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -67,7 +98,7 @@ def test_every_parameter_has_one_optimizer_and_vectors_do_not_decay(optimizer, k
     arch = "gpt2" if kind == "gpt2" else "modern"
     model = GPT(GPTConfig(vocab_size=70, arch=arch, n_layer=2, n_embd=32, block_size=16))
     model = Classifier(model, 2) if kind == "classifier" else model
-    optimizers = make_optimizers(model, build(TrainSettings, dict(optimizer=optimizer, weight_decay=0.3)))
+    optimizers = make_optimizers(model, build(TrainSettings, dict(optimizer=optimizer, weight_decay=0.3)), torch.float32)
     groups = [group for made in optimizers for group in made.param_groups]
     parameters = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(parameters) == sorted(id(parameter) for parameter in model.parameters())

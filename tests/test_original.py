@@ -207,7 +207,7 @@ def test_the_optimizers_state_goes_on_as_in_the_original(tmp_path, bias):
     path, corpus, reference, optimizer = write_original(tmp_path, bias, steps=3)
     content = checkpoint.read(path, corpus)
     model, _ = checkpoint.unpack(content, path)
-    (ours,) = make_optimizers(model, build(TrainSettings, dict(lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95)))
+    (ours,) = make_optimizers(model, build(TrainSettings, dict(lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95)), torch.float32)
     train.load_optimizer(ours, content["optimizer"][0])
     ids = torch.randint(3, model.config.vocab_size, (4, 9), generator=torch.Generator().manual_seed(3))
     model.loss(ids[:, :-1], ids[:, 1:]).backward()
