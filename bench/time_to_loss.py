@@ -9,6 +9,7 @@ An interrupted or longer run goes on: the baseline from --state, train.py's runs
 is not run again. --report only prints the table and draws the curves.
 """
 
+import dataclasses
 import glob
 import os
 import subprocess
@@ -139,7 +140,7 @@ def main(arguments=None):
     other = baseline(options, settings, training, tokenizer.size, runtime)
     if os.path.exists(options.state):
         other.load(options.state)
-    recipe = dict(config=os.path.relpath(options.config, common.ROOT), override=options.override, smoke=options.smoke)
+    recipe = dict(dataclasses.asdict(settings), smoke=options.smoke)  # whatever it comes from: files change
     runs = [line for line in common.read_results(options.results, "time_to_loss") if line["recipe"] == recipe]
     known = {(run["mode"], run["steps"]) for run in runs}
     wanted = [(mode, int(steps)) for steps in options.steps.split(",") for mode in options.modes.split(",")]
