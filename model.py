@@ -249,13 +249,19 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _initialise(self):
-        """Normal(0, 0.02); what writes to the residual stream starts at 0 (modern) or scaled by depth (GPT-2)."""
+        """Normal(0, 0.02); what writes to the residual stream starts at 0 (modern) or scaled by depth (GPT-2).
+
+        A modern embedding's size matters where it is the output layer too, and there alone: look-ups are normalised. At
+        0.02 each token would predict itself, with a logit of 0.02 C, so a tied one starts at 1 / C.
+        """
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
                 continue  # norms are made as 1, and biases are set below
             nn.init.normal_(parameter, std=0.02)
             if name.endswith("out.weight"):
                 parameter.mul_(0.0 if self.config.modern else 1 / math.sqrt(2 * self.config.n_layer))
+        if self.config.modern and self.config.tied:
+            nn.init.normal_(self.embedding.weight, std=1 / self.config.n_embd)
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
