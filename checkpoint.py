@@ -72,10 +72,14 @@ def write(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except (OSError, RuntimeError) as error:  # torch.save says "unexpected pos" where the disk is full
+        if isinstance(error, OSError) or "unexpected pos" in str(error):
+            raise UserError(f"{path} cannot be written: {getattr(error, 'strerror', None) or 'is the disk full?'}; make room and go on "
+                            "with what was saved before (resume_from=auto)")
+        raise
+    finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
-        raise
 
 
 def _beside(path):
@@ -135,7 +139,10 @@ def load(path):
 def read(path, corpus=None):
     """The content of a checkpoint file, a dict. One of the original's becomes one of this program: its vocabulary is
     rebuilt from `corpus`, the text that it was trained on."""
-    content = load(path)
+    return _ours(load(path), path, corpus)
+
+
+def _ours(content, path, corpus):
     if is_original(content):
         return from_original(content, path, corpus)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -144,12 +151,18 @@ def read(path, corpus=None):
 
 
 def newest(folder, corpus=None):
-    """(path, content) of the newest readable checkpoint in `folder`, or (None, None); warns of unreadable ones."""
+    """(path, content) of the newest readable checkpoint in `folder`, or (None, None).
+
+    Unreadable ones get another name, so that the run goes on in its folder as if they had not been written.
+    """
     for _, path in numbered(folder):
         try:
-            return path, read(path, corpus)
+            content = load(path)
         except UserError as error:
-            print(f"warning: {error}; taking the one before", file=sys.stderr)
+            print(f"warning: {error}; it is now {path}.unreadable, taking the one before", file=sys.stderr)
+            os.replace(path, path + ".unreadable")
+        else:
+            return path, _ours(content, path, corpus)
     return None, None
 
 

@@ -100,7 +100,7 @@ def _read_jsonl(file, path):
             entry = json.loads(line)
             turns = entry["messages"] if "messages" in entry else entry["conversations"]
             pairs = [(turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) for turn in turns]
-            utterances = [" ".join(text.split("\n")).strip() for role, text in pairs if role != "system"]
+            utterances = [" ".join(text.splitlines()).strip() for role, text in pairs if role != "system"]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f'{path}, line {number}: expected {{"messages": [{{"role": …, "content": …}}, …]}} '
                             'or {"conversations": [{"from": …, "value": …}, …]}')
@@ -141,7 +141,10 @@ def prepare(settings, tokenizer=None):
     path = settings.data_path
     if path is None:
         raise UserError("data_path is not set; name a corpus, for example data_path=data/sample_dialogues.txt")
-    if tokenizer is None and settings.tokenizer not in ("char", "bpe"):
+    if tokenizer is None and settings.tokenizer.endswith(".pth"):
+        import checkpoint  # here: it needs torch, which takes seconds
+        tokenizer = tokenizer_module.from_state(checkpoint.read(settings.tokenizer, path)["tokenizer"])
+    elif tokenizer is None and settings.tokenizer not in ("char", "bpe"):
         tokenizer = tokenizer_module.load(settings.tokenizer)
     corpus = dict(format=STORE_FORMAT, corpus=file_sha256(path), train_percent=settings.train_percent, seed=settings.seed)
     trained = corpus | dict(tokenizer=settings.tokenizer, vocab_size=settings.vocab_size, min_freq=settings.min_freq)
@@ -162,7 +165,10 @@ def prepare(settings, tokenizer=None):
     except OSError as error:
         raise UserError(f"{cache} cannot be written ({error.strerror}); the token store of {path} goes there")
     try:
-        _write_store(work, path, settings, tokenizer, corpus)
+        try:
+            _write_store(work, path, settings, tokenizer, corpus)
+        except OSError as error:
+            raise UserError(f"the token store in {cache} cannot be written: {error.strerror or 'is the disk full?'}")
         try:
             os.rename(work, folder)  # atomic: a store is whole or not there
         except OSError:  # another process was faster

@@ -18,8 +18,7 @@ class BlockMuon(torch.optim.Muon):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self, closure=None):
-        loss = None if closure is None else torch.enable_grad()(closure)()
+    def step(self):
         for group in self.param_groups:
             alike = {}
             for parameter, block in zip(group["params"], group["blocks"]):
@@ -43,7 +42,6 @@ class BlockMuon(torch.optim.Muon):
                 scale = math.sqrt(shape[0] * size / (shape[side] * min(size, shape[1 - side])))
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(parameters, updates.unbind(), alpha=-group["lr"] * scale)
-        return loss
 
 
 def muon_block(name, matrix, head_size):

@@ -121,7 +121,10 @@ class BPETokenizer(Tokenizer):
         """`description`: the JSON text of a `tokenizers.Tokenizer`, whose ids are ours less 3."""
         import tokenizers  # here: a character model needs no such package
         self.description = description
-        self.bpe = tokenizers.Tokenizer.from_str(description)
+        try:
+            self.bpe = tokenizers.Tokenizer.from_str(description)
+        except Exception as error:  # it raises nothing narrower
+            raise ValueError(error)
         self.size = len(SPECIALS) + self.bpe.get_vocab_size()
         # Byte-level BPE writes bytes as printable characters: itself where printable, else 256 and up in order.
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]

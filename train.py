@@ -45,18 +45,20 @@ def train(settings, runtime, dry_run, begin):
 
     # Where to go on from, the data, the model: every process does the same.
     path, saved = find_checkpoint(settings, runtime)
+    settings = keep_split(settings, runtime, path, saved)
     store, tokenizer = open_store(settings, runtime, path, saved)
     documents, held_out, identity = data.Documents(store, "train"), data.Documents(store, "val"), data.identity(store)
     torch.manual_seed(settings.seed)
     model = make_model(settings, tokenizer, path, saved, runtime)
-    progress = dict(step=0, epoch=0, row=0, tokens=0, minutes=0.0, best=math.inf, worse=0, unscored=False, store=identity)
+    anew = dict(step=0, epoch=0, row=0, tokens=0, minutes=0.0, best=math.inf, worse=0, unscored=False, store=identity)
+    progress = dict(anew)
     if saved:
         progress |= saved["progress"]
         if progress["store"] is None:  # the original's: it kept no place in the data
             progress["store"] = identity
         elif progress["store"] != identity:
-            runtime.say(f"{settings.data_path} is not what {path} was trained on: beginning with its first epoch")
-            progress |= dict(epoch=0, row=0, best=math.inf, worse=0, store=identity)
+            runtime.say(f"{settings.data_path} is not what {path} was trained on: a new run with its weights, from step 0")
+            progress = anew
     epoch = data.Epoch(documents, settings.block_size, settings.seed, progress["epoch"])
     if settings.train_batch % runtime.world:
         more = -(-settings.train_batch // runtime.world) * runtime.world
@@ -81,7 +83,7 @@ def train(settings, runtime, dry_run, begin):
     # Going on in the same folder; other folders' files stay untouched, and the original's have no place in the data.
     # Nor is a file that others of its folder are ahead of: pruning would take what follows it for the oldest.
     root = os.path.realpath(settings.checkpoint_root)
-    own = (saved and saved["progress"].get("store") and os.path.dirname(os.path.realpath(path)) == root and
+    own = (saved and saved["progress"].get("store") == identity and os.path.dirname(os.path.realpath(path)) == root and
            all(step <= progress["step"] for step, _ in checkpoint.numbered(root)))
     (own,) = rt.add_up(runtime, bool(own) * runtime.main)  # rank 0's disk decides
     if not own:
@@ -133,11 +135,15 @@ def train(settings, runtime, dry_run, begin):
             else:
                 progress["worse"] += 1
             if runtime.main:
-                bar.write(f"step {step}, {minutes:.1f} min: validation loss {metrics['loss']:.4f} "
-                          f"({metrics['bits']:.3f} bits a character, perplexity {math.exp(min(metrics['loss'], 50)):.1f})")
-                for name, value in (("loss/validation", metrics["loss"]), ("bits_per_character", metrics["bits"]),
-                                    ("gap", metrics["loss"] - (mean_loss or math.nan)), ("minutes", minutes)):
-                    writer.add_scalar(name, value, step)
+                writer.add_scalar("minutes", minutes, step)
+                if metrics["tokens"]:
+                    bar.write(f"step {step}, {minutes:.1f} min: validation loss {metrics['loss']:.4f} "
+                              f"({metrics['bits']:.3f} bits a character, perplexity {math.exp(min(metrics['loss'], 50)):.1f})")
+                    for name, value in (("loss/validation", metrics["loss"]), ("bits_per_character", metrics["bits"]),
+                                        ("gap", metrics["loss"] - (mean_loss or math.nan))):
+                        writer.add_scalar(name, value, step)
+                else:
+                    bar.write(f"step {step}, {minutes:.1f} min: nothing is held out (train_percent=1), so nothing measured")
                 replies = sample_replies(model, samples, tokenizer, runtime)
                 bar.write("\n".join(f"    {prompt}  →  {reply}" for prompt, reply in replies))
                 writer.add_text("replies", "  \n".join(f"{prompt} → {reply}" for prompt, reply in replies), step)
@@ -146,8 +152,9 @@ def train(settings, runtime, dry_run, begin):
             finished = finished or (settings.patience is not None and progress["worse"] >= settings.patience)
         if finished:
             bar.close()
-            runtime.say(f"finished after {step} steps and {minutes:.1f} minutes: {settings.checkpoint_root}/last.pth, and best.pth with "
-                        f"the best validation loss, {progress['best']:.4f}\ntalk to it: python chat.py {settings.checkpoint_root}/best.pth "
+            best = f", and best.pth with the best validation loss, {progress['best']:.4f}" if math.isfinite(progress["best"]) else ""
+            runtime.say(f"finished after {step} steps and {minutes:.1f} minutes: {settings.checkpoint_root}/last.pth{best}\n"
+                        f"talk to it: python chat.py {settings.checkpoint_root}/best.pth "
                         "(last.pth knows a small training text better)")
             break
 
@@ -170,7 +177,7 @@ def train(settings, runtime, dry_run, begin):
         refused = 0 if torch.isfinite(norm) else refused + 1
         if refused == 20:
             raise UserError(f"the gradient has not been finite for {refused} steps at step {step}: lower lr={settings.lr} "
-                            f"(muon_lr={settings.muon_lr}) and go on with resume_from=auto")
+                            f"(muon_lr={settings.muon_lr}) and go on from a checkpoint before it, resume_from=PATH, or start anew")
         progress["step"] += 1
         progress["tokens"] += count
         progress["row"] += settings.train_batch
@@ -212,11 +219,24 @@ def find_checkpoint(settings, runtime):
     return path, content
 
 
+def keep_split(settings, runtime, path, saved):
+    """The settings, but with the checkpoint's train_percent and seed where it goes on with its corpus: another split would train
+    on what was held out before, and measure on what was trained on."""
+    if not saved or saved["progress"].get("store") is None:
+        return settings
+    split = {name: saved["settings"][name] for name in ("train_percent", "seed")}
+    kept = dataclasses.replace(settings, **split)
+    if kept == settings or data.identity(open_store(kept, runtime, path, saved)[0]) != saved["progress"]["store"]:
+        return settings
+    for name, value in split.items():
+        if value != getattr(settings, name):
+            runtime.say(f"{name}={value}, as in {path}, not {getattr(settings, name)}: the same dialogues stay held out")
+    return kept
+
+
 def open_store(settings, runtime, path, saved):
     """(folder of the token store, its tokenizer); the main process makes it while the others wait."""
     tokenizer = tokenizer_module.from_state(saved["tokenizer"]) if saved else None
-    if tokenizer is None and settings.tokenizer.endswith(".pth"):
-        tokenizer = tokenizer_module.from_state(checkpoint.read(settings.tokenizer, settings.data_path)["tokenizer"])
     store = runtime.processes.once(lambda: data.prepare(settings, tokenizer))
     return store, tokenizer or tokenizer_module.load(os.path.join(store, "tokenizer.json"))
 

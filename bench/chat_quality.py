@@ -33,7 +33,7 @@ def main():
     parser.add_argument("--dialogues", type=int, default=300)
     parser.add_argument("--rows", type=int, default=64, help="replies made at once")
     parser.add_argument("--seeds", default="1", help="figures are means over these, as 1,2,3")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     values = settings_module.overrides(options.override)
     _, _, meta = checkpoint.load_model(options.checkpoint)
     trained = settings_module.build(TrainSettings, meta["settings"] | {k: v for k, v in values.items() if k == "data_path"})

@@ -6,7 +6,6 @@ Everything here runs A against B in turns within one call, so that a machine's m
 import argparse
 import json
 import os
-import statistics
 import sys
 import time
 
@@ -18,7 +17,6 @@ if ROOT not in sys.path:  # `python bench/x.py` puts bench/ there, not the folde
     sys.path.insert(0, ROOT)
 
 import data  # noqa: E402
-import runtime as rt  # noqa: E402
 import settings as settings_module  # noqa: E402
 from settings import TrainSettings  # noqa: E402
 from tokenizer import PAD  # noqa: E402
@@ -57,25 +55,22 @@ def table(header, rows):
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |", flush=True)
 
 
-def record(path, benchmark, **values):
-    """Appends a line of results, with the date and the machine, to a .jsonl file."""
+def machine():
+    """What seconds depend on besides the code: {machine, torch}."""
     if torch.cuda.is_available():
-        machine = torch.cuda.get_device_name()
+        name = torch.cuda.get_device_name()
     else:
         with open("/proc/cpuinfo") as file:
             name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "CPU")
-        machine = f"{name}, {torch.get_num_threads()} threads"
-    line = dict(bench=benchmark, date=time.strftime("%Y-%m-%d %H:%M"), machine=machine, torch=torch.__version__) | values
+        name = f"{name}, {torch.get_num_threads()} threads"
+    return dict(machine=name, torch=str(torch.__version__))
+
+
+def record(path, benchmark, **values):
+    """Appends a line of results, with the date and the machine, to a .jsonl file."""
+    line = dict(bench=benchmark, date=time.strftime("%Y-%m-%d %H:%M")) | machine() | values
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
-
-
-def read_results(path, benchmark):
-    """The lines that `record` wrote for a benchmark."""
-    if not os.path.exists(path):
-        return []
-    with open(path, encoding="utf-8") as file:
-        return [line for line in map(json.loads, file) if line.get("bench") == benchmark]
 
 
 def alternate(trials, rounds):
@@ -87,10 +82,6 @@ def alternate(trials, rounds):
     return found
 
 
-def median(values):
-    return statistics.median(values)
-
-
 def synchronize(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -100,25 +91,15 @@ def matmul_rate(device, dtype, size=None, seconds=0.5):
     """FLOP/s of the matrix product of two (size, size) matrices, the best of the products that fit into `seconds`."""
     size = size or (2048 if device.type == "cpu" else 8192)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size ** 3 / _best(lambda: a @ b, device, seconds)
-
-
-def memory_rate(device, size=1 << 30, seconds=0.5):
-    """Bytes/s at which `size` bytes are read."""
-    numbers = torch.ones(size // 4, device=device)
-    return size / _best(lambda: numbers.sum(), device, seconds)
-
-
-def _best(function, device, seconds):
-    function()
+    a @ b  # the first is slower
     best, end = float("inf"), time.perf_counter() + seconds
     while best == float("inf") or time.perf_counter() < end:
         synchronize(device)
         begin = time.perf_counter()
-        function()
+        a @ b
         synchronize(device)
         best = min(best, time.perf_counter() - begin)
-    return best
+    return 2 * size ** 3 / best
 
 
 def pieces_by_length(documents, block_size):
@@ -210,19 +191,19 @@ class Contender:
         self.curve.append((self.seconds, loss))
         return loss
 
-    def save(self, path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        torch.save(dict(model=self.model.state_dict(), optimizers=[o.state_dict() for o in self.optimizers], steps=self.steps,
-                        tokens=self.tokens, seconds=self.seconds, first_step=self.first_step, curve=self.curve), path + ".part")
-        os.replace(path + ".part", path)
+    def state(self):
+        return dict(model=self.model.state_dict(), optimizers=[o.state_dict() for o in self.optimizers], steps=self.steps,
+                    tokens=self.tokens, seconds=self.seconds, first_step=self.first_step, curve=self.curve)
 
-    def load(self, path):
-        saved = torch.load(path, map_location=self.runtime.device, weights_only=True)
-        self.model.load_state_dict(saved["model"])
-        for optimizer, state in zip(self.optimizers, saved["optimizers"]):
-            optimizer.load_state_dict(state)
+    def load(self, state):
+        """Goes on from another's `state()`, with the batch that comes next."""
+        self.model.load_state_dict(state["model"])
+        for optimizer, one in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(one)
         for name in ("steps", "tokens", "seconds", "first_step", "curve"):
-            setattr(self, name, saved[name])
+            setattr(self, name, state[name])
+        for _ in range(self.steps):
+            next(self.batches)
 
 
 def open_store(settings):
@@ -261,8 +242,3 @@ def ours(settings, documents, vocab_size, runtime):
 
     optimizers = make_optimizers(model, settings, runtime.dtype)
     return Contender(model, optimizers, batches(), loss, nats, runtime, settings.grad_clip or float("inf"))
-
-
-def start(settings):
-    """The Runtime that all contenders of a call share."""
-    return rt.start(settings)

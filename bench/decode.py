@@ -34,7 +34,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=32, help="new tokens in a measurement; the original's way makes an eighth")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     torch.manual_seed(0)
     ways = {way: prepare(way, options) for way in options.ways}
     missing = [way for way, run in ways.items() if run is None]

@@ -2,11 +2,10 @@
 
 Written from facts about it: characters, every dialogue cut at block_size or filled up to it with `<pad>`, pads counted in
 the loss, attention written out, dropout on embeddings, attention and both residual branches, tied output, AdamW, float32.
-Held-out dialogues are scored as ours are. Training goes on where an earlier call stopped (--state).
+Held-out dialogues are scored as ours are.
 """
 
 import math
-import os
 
 import common  # first: it makes the folder above importable
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import runtime as rt
 import settings as settings_module
 from tokenizer import PAD
 
@@ -118,27 +118,22 @@ def contender(settings, documents, vocab_size, runtime, lr=3e-4, batch=16, dropo
 
 def main(arguments=None):
     parser = common.parser(__doc__)
-    parser.add_argument("--seconds", type=float, default=500, help="of training, earlier calls' counted in")
+    parser.add_argument("--seconds", type=float, default=500, help="of training")
     parser.add_argument("--every", type=float, default=30, help="seconds of training between scores")
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--state", help="file to go on from and to write (runs/bench/original.pth, say); empty: none")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     settings = common.read_settings(options)
     if options.smoke:
         options.seconds, options.every = min(options.seconds, 1.0), 0.5
-    runtime = common.start(settings)
+    runtime = rt.start(settings)
     training, held_out, tokenizer = common.open_store(settings)
     run = contender(settings, training, tokenizer.size, runtime, options.lr, options.batch, options.dropout)
-    if options.state and os.path.exists(options.state):
-        run.load(options.state)
     while run.seconds < options.seconds:
         speed = run.train(min(options.every, options.seconds - run.seconds))
         loss = run.score(held_out, settings.block_size)
         print(f"{run.seconds:7.1f} s, step {run.steps}: validation loss {loss:.4f}, {speed:,.0f} real tokens/s", flush=True)
-        if options.state:
-            run.save(options.state)
     common.table(["seconds", "validation loss"], [[round(seconds, 1), f"{loss:.4f}"] for seconds, loss in run.curve])
     common.record(options.results, "original", seconds=run.seconds, steps=run.steps, loss=run.curve[-1][1], curve=run.curve,
                   tokens_per_second=run.tokens / run.seconds, lr=options.lr, batch=options.batch, dropout=options.dropout,

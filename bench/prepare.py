@@ -7,6 +7,7 @@ cache. The original's way is written anew from what the original was seen to do;
 import collections
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -83,7 +84,7 @@ def main(arguments=None):
     parser = common.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--copies", type=int, default=1, help="the corpus so many times over, to see what grows")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     settings = common.read_settings(options)
     options.rounds = 1 if options.smoke else options.rounds
     with tempfile.TemporaryDirectory() as folder:
@@ -99,7 +100,7 @@ def main(arguments=None):
                                  options.rounds)
     rows = []
     for way, trials in found.items():
-        seconds, above, peak = map(common.median, zip(*trials))
+        seconds, above, peak = map(statistics.median, zip(*trials))
         rows.append([way, round(characters / seconds), seconds, above / 2**20, peak / 2**20])
         common.record(options.results, "prepare", way=way, characters=characters, copies=options.copies, seconds=[t[0] for t in trials],
                       characters_per_second=characters / seconds, peak_above_start=above, peak=peak, smoke=options.smoke)

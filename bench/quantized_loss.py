@@ -26,7 +26,7 @@ def main():
     parser.add_argument("checkpoint")
     parser.add_argument("override", nargs="*", help="data_path=…")
     parser.add_argument("--rows", type=int, default=24, help="packed rows to score; the 4-bit kernel is slow at many")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     model, tokenizer, meta = checkpoint.load_model(options.checkpoint)
     trained = settings_module.build(TrainSettings, meta["settings"] | settings_module.overrides(options.override))
     store = data.prepare(trained, tokenizer if trained.tokenizer != "char" else None)

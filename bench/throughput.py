@@ -5,6 +5,7 @@ token is a target that counts: filling does not. MFU is against the matrix-produ
 """
 
 import os
+import statistics
 import time
 
 import common  # first: it makes the folder above importable
@@ -12,6 +13,7 @@ import original
 import peers
 import torch
 
+import runtime as rt
 import settings as settings_module
 
 
@@ -50,11 +52,11 @@ def main(arguments=None):
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warm-up", type=float, default=3, help="seconds, at least")
     parser.add_argument("--warm-up-steps", type=int, default=6, help="and so many steps")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     settings = common.read_settings(options)
     if options.smoke:
         options.seconds, options.rounds, options.warm_up = 0.1, 2, 0
-    runtime = common.start(settings)
+    runtime = rt.start(settings)
     training, _, tokenizer = common.open_store(settings)
     makers = contenders(settings, training, tokenizer.size, runtime)
     names = options.only.split(",")
@@ -72,10 +74,10 @@ def main(arguments=None):
     trials = {name: lambda contender=contender: contender.train(options.seconds) for name, contender in racing.items()}
     trials["matmul"] = lambda: common.matmul_rate(runtime.device, runtime.dtype, 256 if options.smoke else None)
     found = common.alternate(trials, options.rounds)
-    rate = common.median(found.pop("matmul"))
-    first, rows = common.median(found[names[0]]), []
+    rate = statistics.median(found.pop("matmul"))
+    first, rows = statistics.median(found[names[0]]), []
     for name, speeds in found.items():
-        speed, mfu = common.median(speeds), None
+        speed, mfu = statistics.median(speeds), None
         if name.startswith("ours"):
             mfu = speed * racing[name].model.flops_per_token() / rate
         parameters = sum(p.numel() for p in racing[name].model.parameters())

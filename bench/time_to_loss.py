@@ -5,8 +5,8 @@ runs once, in a process of its own, with one of --steps as its max_steps, where 
 are counted from the start of the process ("all in"): imports, data, model and compilation are in, and shown apart as what
 the steps do not explain. The baseline's seconds are its steps alone. Every score is `common.score` on the same dialogues.
 
-An interrupted or longer run goes on: the baseline from --state, train.py's runs from the lines in --results; what is there
-is not run again. --report only prints the table and draws the curves.
+An interrupted or longer run goes on from --state, which has the baseline and train.py's runs so far; what is there is not
+run again. The file of another machine, recipe or corpus is refused. --report only prints the table and draws the curves.
 """
 
 import dataclasses
@@ -23,7 +23,10 @@ import peers
 import torch
 
 import checkpoint
+import data
+import runtime as rt
 import settings as settings_module
+from settings import UserError
 
 
 def run_ours(options, settings, mode, steps, held_out, runtime):
@@ -66,9 +69,27 @@ def step_times(folder, begin):
 
 def baseline(options, settings, training, vocab_size, runtime):
     if options.against == "original":
-        return original.contender(settings, training, vocab_size, runtime, options.lr or 3e-4, options.batch, options.dropout)
-    return peers.transformers(settings, training, vocab_size, runtime, lr=options.lr or 1e-3, compile=settings.compile,
+        return original.contender(settings, training, vocab_size, runtime, options.lr, options.batch, options.dropout)
+    return peers.transformers(settings, training, vocab_size, runtime, lr=options.lr, compile=settings.compile,
                               horizon=options.seconds)
+
+
+def go_on(path, identity, other):
+    """The runs in the file `path`, whose baseline `other` becomes; none where there is no file."""
+    if not path or not os.path.exists(path):
+        return []
+    saved = torch.load(path, map_location=other.runtime.device, weights_only=True)
+    differ = [f"{name}={saved['identity'].get(name)}" for name in identity if saved["identity"].get(name) != identity[name]]
+    if differ:
+        raise UserError(f"{path} is another run's ({', '.join(differ)}); name another --state, or remove it")
+    other.load(saved["baseline"])
+    return saved["runs"]
+
+
+def keep(path, identity, other, runs):
+    if path:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        checkpoint.write(path, dict(identity=identity, baseline=other.state(), runs=runs))
 
 
 def report(options, curve, runs):
@@ -118,7 +139,7 @@ def draw(options, curve, runs):
 def main(arguments=None):
     parser = common.parser(__doc__)
     parser.add_argument("--against", default="original", choices=["original", "transformers"])
-    parser.add_argument("--seconds", type=float, default=500, help="of the baseline's training, earlier calls' counted in")
+    parser.add_argument("--seconds", type=float, default=500, help="of the baseline's training, earlier calls' too")
     parser.add_argument("--slice", type=float, default=50, help="seconds of the baseline between two runs of train.py")
     parser.add_argument("--steps", default="20,30,40,60", help="max_steps of train.py's runs, multiples of 10")
     parser.add_argument("--modes", default="eager,compiled", help="of train.py: eager, compiled, cold (compiled with an empty cache)")
@@ -126,22 +147,28 @@ def main(arguments=None):
     parser.add_argument("--lr", type=float, help="of the baseline (original: 3e-4, transformers: 1e-3)")
     parser.add_argument("--batch", type=int, default=16, help="of the original's recipe")
     parser.add_argument("--dropout", type=float, default=0.1, help="of the original's recipe")
-    parser.add_argument("--state", help="the baseline's file (runs/bench/AGAINST.pth)")
+    parser.add_argument("--state", help="the file to go on from and to write (runs/bench/AGAINST.pth; --smoke: none)")
     parser.add_argument("--png", help="the curves (bench/time_to_loss_AGAINST.png)")
     parser.add_argument("--report", action="store_true", help="run nothing; table and curves of what is there")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     settings = common.read_settings(options)
     if options.smoke:
         options.seconds, options.slice, options.steps, options.modes = 1.0, 0.5, "10", "eager"
-    options.state = options.state or os.path.join(common.ROOT, f"runs/bench/{options.against}.pth")
+    else:
+        options.state = options.state or os.path.join(common.ROOT, f"runs/bench/{options.against}.pth")
+    options.lr = options.lr or dict(original=3e-4, transformers=1e-3)[options.against]
     options.png = options.png or os.path.join(common.ROOT, f"bench/time_to_loss_{options.against}.png")
-    runtime = common.start(settings)
+    runtime = rt.start(settings)
     training, held_out, tokenizer = common.open_store(settings)
     other = baseline(options, settings, training, tokenizer.size, runtime)
-    if os.path.exists(options.state):
-        other.load(options.state)
-    recipe = dict(dataclasses.asdict(settings), smoke=options.smoke)  # whatever it comes from: files change
-    runs = [line for line in common.read_results(options.results, "time_to_loss") if line["recipe"] == recipe]
+    recipe = dataclasses.asdict(settings)  # whatever file it comes from: files change
+    theirs = dict(lr=options.lr, batch=options.batch, dropout=options.dropout)
+    identity = dict(recipe, store=data.identity(data.prepare(settings)), baseline=theirs, **common.machine())
+    if options.against == "transformers":
+        identity["horizon"] = options.seconds  # its rate falls until then
+    runs = go_on(options.state, identity, other)
+    if options.report and not other.curve:
+        raise UserError(f"--report: {options.state} does not exist, so nothing has run; leave --report out")
     known = {(run["mode"], run["steps"]) for run in runs}
     wanted = [(mode, int(steps)) for steps in options.steps.split(",") for mode in options.modes.split(",")]
     wanted = [pair for pair in wanted if pair not in known]
@@ -150,19 +177,20 @@ def main(arguments=None):
         if other.seconds < options.seconds:
             speed = other.train(min(options.slice, options.seconds - other.seconds))
             loss = other.score(held_out, settings.block_size)
-            other.save(options.state)
+            keep(options.state, identity, other, runs)
             print(f"{options.against}: {other.seconds:.0f} s, validation loss {loss:.4f}, {speed:,.0f} real tokens/s", flush=True)
         if wanted:
             mode, steps = wanted.pop(0)
             run = dict(mode=mode, steps=steps) | run_ours(options, settings, mode, steps, held_out, runtime)
             runs.append(run)
-            common.record(options.results, "time_to_loss", recipe=recipe, **run)
+            keep(options.state, identity, other, runs)
+            common.record(options.results, "time_to_loss", recipe=recipe, smoke=options.smoke, **run)
             print(f"train.py, {mode}, {steps} steps: validation loss {run['loss']:.4f} in {run['all_in']:.1f} s, "
                   f"steps alone {run['training']:.1f} s", flush=True)
     if not options.report:
-        common.record(options.results, "time_to_loss_baseline", against=options.against, recipe=recipe, seconds=other.seconds,
-                      lr=options.lr, batch=options.batch, dropout=options.dropout, steps=other.steps, first_step=other.first_step,
-                      curve=other.curve, tokens_per_second=other.tokens / max(other.seconds, 1e-9))
+        common.record(options.results, "time_to_loss_baseline", against=options.against, recipe=recipe, smoke=options.smoke,
+                      seconds=other.seconds, steps=other.steps, first_step=other.first_step, curve=other.curve, **theirs,
+                      tokens_per_second=other.tokens / max(other.seconds, 1e-9))
     report(options, other.curve, runs)
 
 

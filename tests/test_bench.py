@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 
@@ -6,6 +7,8 @@ import pytest
 import torch
 
 import data
+import runtime as rt
+from settings import UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -59,11 +62,11 @@ def test_our_loss_of_a_packed_row_is_the_shared_score():
     assert common.score(model.loss, documents, 32, torch.device("cpu")) == pytest.approx(packed, rel=1e-5)
 
 
-def test_the_original_recipe_trains_on_pads_and_goes_on_from_its_state(tmp_path):
+def test_the_original_recipe_trains_on_pads_and_goes_on_with_the_batch_that_comes_next():
     import common
     import original
     settings = common.settings_module.build(common.TrainSettings, dict(n_layer=1, n_head=2, n_embd=16, block_size=8, device="cpu"))
-    runtime = common.start(settings)
+    runtime = rt.start(settings)
     make = lambda: original.contender(settings, in_memory([5, 6, 7], list(range(10, 30))), 32, runtime, batch=2)
     run = make()
     (inputs, targets), count = next(run.batches)
@@ -71,11 +74,13 @@ def test_the_original_recipe_trains_on_pads_and_goes_on_from_its_state(tmp_path)
     assert inputs[short].tolist() == [[5, 6, 7, 2, 2, 2, 2, 2]] and targets[short].tolist() == [[6, 7, 2, 2, 2, 2, 2, 2]]
     assert targets[~short].tolist() == [[*range(11, 18), 2]] and count == 3 + 8
     run.train(0.05)
-    run.save(str(tmp_path / "x/state.pth"))
     again = make()
-    again.load(str(tmp_path / "x/state.pth"))
+    next(again.batches)  # as for `run` above
+    again.load(run.state())
     assert again.steps == run.steps > 0
     assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), again.model.parameters()))
+    for (mine, _), (theirs, _) in zip(itertools.islice(run.batches, 5), again.batches):
+        assert all(np.array_equal(a, b) for a, b in zip(mine, theirs))
 
 
 def test_every_benchmark_runs_in_smoke_mode(tmp_path, capsys):
@@ -85,11 +90,16 @@ def test_every_benchmark_runs_in_smoke_mode(tmp_path, capsys):
     import time_to_loss
     results = str(tmp_path / "results.jsonl")
     options = ["--smoke", "--results", results]
-    original.main([*options, "--state", str(tmp_path / "original.pth")])
+    original.main(options)
     throughput.main([*options, "--only", "ours_eager,original,nanogpt_eager"])
     prepare.main(options)
+    state = ["--state", str(tmp_path / "baseline.pth"), "--png", str(tmp_path / "curves.png")]
+    with pytest.raises(UserError, match="nothing has run"):
+        time_to_loss.main([*options, *state, "--report"])
     for _ in range(2):  # the second call finds all done
-        time_to_loss.main([*options, "--state", str(tmp_path / "baseline.pth"), "--png", str(tmp_path / "curves.png")])
+        time_to_loss.main([*options, *state])
+    with pytest.raises(UserError, match=r"another run's \(baseline=.*'lr': 0.0003"):
+        time_to_loss.main([*options, *state, "--lr", "0.5"])
     found = lines(results)
     assert [line["name"] for line in found if line["bench"] == "throughput"] == ["ours_eager", "original", "nanogpt_eager"]
     assert {line["way"] for line in found if line["bench"] == "prepare"} == {"ours", "original"}

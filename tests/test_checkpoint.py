@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import checkpoint
+import data
 import tokenizer
 from model import GPT, GPTConfig
-from settings import UserError
+from settings import TrainSettings, UserError
 
 ROOT = os.path.dirname(os.path.dirname(__file__))
 
@@ -91,8 +92,8 @@ def test_a_file_of_other_content_is_refused(tmp_path, change):
 
 
 def test_other_files_are_refused(tmp_path):
-    for name, data in (("empty", b""), ("text", b"hello\n"), ("yaml", b"lr: 1\n")):
-        (tmp_path / name).write_bytes(data)
+    for name, content in (("empty", b""), ("text", b"hello\n"), ("yaml", b"lr: 1\n")):
+        (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=name):
             checkpoint.load_model(str(tmp_path / name))
     with zipfile.ZipFile(tmp_path / "zip", "w") as file:
@@ -112,6 +113,7 @@ def test_auto_falls_back_from_a_damaged_newest_file_with_a_warning(tmp_path, cap
     path, content = checkpoint.newest(str(tmp_path))
     assert path.endswith("cpt10.pth") and content["progress"]["step"] == 10
     assert "warning" in (warning := capsys.readouterr().err) and "cpt100.pth" in warning and warning.count("\n") == 1
+    assert [step for step, _ in checkpoint.numbered(str(tmp_path))] == [10, 9] and (tmp_path / "cpt100.pth.unreadable").exists()
     assert checkpoint.newest(str(tmp_path / "none")) == (None, None)
 
 
@@ -155,6 +157,7 @@ import sys
 sys.path.insert(0, sys.argv[2])
 import torch
 import checkpoint
+import data
 print("ready", flush=True)
 for step in range(1, 10**6):
     path = checkpoint.save(sys.argv[1], step, dict(progress=dict(step=step), model=dict(weight=torch.full((300_000,), step))), keep=1)
@@ -200,7 +203,14 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path):
             raise OSError(28, "No space left on device")
 
     checkpoint.save(str(tmp_path), 1, make_content(1))
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="cpt2.pth cannot be written: No space"):
         checkpoint.save(str(tmp_path), 2, make_content(2) | dict(more=Unsaveable()))
     assert sorted(os.listdir(tmp_path)) == ["cpt1.pth", "last.pth"]
     assert checkpoint.newest(str(tmp_path))[1]["progress"]["step"] == 1
+
+
+def test_a_checkpoint_s_tokenizer_prepares_a_corpus(tmp_path):
+    checkpoint.save(str(tmp_path), 1, make_content(1))
+    (tmp_path / "c.txt").write_text("你好\n好\n\n吃了吗\n")
+    store = data.prepare(TrainSettings(data_path=str(tmp_path / "c.txt"), tokenizer=str(tmp_path / "cpt1.pth")))
+    assert tokenizer.load(os.path.join(store, "tokenizer.json")).state() == make_content()["tokenizer"]

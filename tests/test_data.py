@@ -59,7 +59,7 @@ def test_dialogues_are_what_stands_between_blank_lines_wherever_a_block_ends(tex
 
 def test_both_forms_of_jsonl_are_read(tmp_path):
     path = tmp_path / "c.jsonl"
-    turns = [{"role": "system", "content": "x"}, {"role": "user", "content": "你\n好"}, {"role": "assistant", "content": "嗯"}]
+    turns = [{"role": "system", "content": "x"}, {"role": "user", "content": "你\r\n好"}, {"role": "assistant", "content": "嗯"}]
     lines = [{"messages": turns},
              {"conversations": [{"from": "human", "value": "吃了吗"}, {"from": "gpt", "value": "吃了"}]}]
     path.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")

@@ -97,7 +97,8 @@ def test_characters_are_encoded_at_20_million_a_second_at_least():
 
 def test_what_is_no_tokenizer_is_refused(tmp_path):
     (tmp_path / "t.json").write_text("[1, 2]")
-    for path in (tmp_path / "t.json", tmp_path / "missing.json"):
+    (tmp_path / "bpe.json").write_text('{"kind": "bpe", "tokenizer": "{}"}')
+    for path in (tmp_path / "t.json", tmp_path / "bpe.json", tmp_path / "missing.json"):
         with pytest.raises(UserError, match="tokenizer="):
             tokenizer.load(path)
     with pytest.raises(UserError, match="vocab_size=100"):

@@ -199,6 +199,49 @@ def test_going_on_from_a_checkpoint_before_the_newest_is_a_run_of_its_own(traine
     assert steps_of(aside) == [3, 6, 9, 12]
 
 
+def test_a_damaged_newest_checkpoint_costs_a_run_neither_its_best_nor_its_folder(trained):
+    _, _, folder = trained(max_steps=9, save_freq=3, keep=5)
+    _, output, _ = trained(max_steps=12, eval_freq=2, lr=3.0, muon_lr=3.0, resume_from="auto")  # worse: 9 stays the best
+    assert (folder / "cpt12.pth").exists() and runs.checkpoint(folder, "best.pth")["progress"]["step"] == 9
+    (folder / "cpt12.pth").write_bytes(b"half")
+    status, output, _ = trained(max_steps=13, eval_freq=2, lr=3.0, muon_lr=3.0, resume_from="auto")
+    assert status == 0 and "cpt12.pth.unreadable" in output and "an earlier run" not in output
+    assert runs.checkpoint(folder)["progress"]["step"] == 13 and runs.checkpoint(folder, "best.pth")["progress"]["step"] == 9
+
+
+def test_going_on_with_another_corpus_is_a_new_run_with_the_old_weights(trained, tmp_path):
+    _, _, folder = trained(max_steps=9, save_freq=3)
+    before = runs.checkpoint(folder)
+    runs.write_corpus(tmp_path / "other.txt", 100)
+    status, output, _ = trained(data_path=str(tmp_path / "other.txt"), max_steps=2, lr=1e-9, muon_lr=1e-9, resume_from="auto")
+    assert status == 0 and "is not what" in output and "finished after 2 steps" in output
+    assert "an earlier run's checkpoints are now in" in output and steps_of(folder) == [2]
+    assert 0 < runs.largest_difference(before, runs.checkpoint(folder)) < 1e-5
+
+
+def test_going_on_keeps_the_dialogues_that_are_held_out(trained):
+    _, _, folder = trained(max_steps=4)
+    first = runs.checkpoint(folder)
+    status, output, _ = trained(max_steps=6, seed=7, train_percent=0.5, resume_from="auto")
+    assert status == 0 and "seed=1337, as in" in output and "train_percent=0.8, as in" in output and "is not what" not in output
+    assert runs.checkpoint(folder)["progress"]["store"] == first["progress"]["store"]
+    assert runs.checkpoint(folder)["progress"]["step"] == 6
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_what_was_saved(tmp_path):
+    config = runs.write_config(str(tmp_path), max_steps=4)
+    runs.run(config)
+    limited = "import resource, settings, train; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); settings.main(train.main)"
+    (tmp_path / "limited.py").write_text(limited)
+    for more, name in (("max_steps=6", "cpt6.pth"), ("data_path=" + str(tmp_path / "large.txt"), "token store")):
+        if "large" in more:
+            runs.write_corpus(tmp_path / "large.txt", 5000)
+        status, output = runs.finish(runs.start(config, more, "resume_from=auto", script=str(tmp_path / "limited.py")))
+        assert status == 2 and name in output and "cannot be written" in output and "Traceback" not in output, output
+        assert runs.checkpoint(tmp_path / "checkpoints")["progress"]["step"] == 4
+    assert not [*tmp_path.glob("checkpoints/.saving-*"), *tmp_path.glob(".cache/.making-*")]
+
+
 def test_a_folder_for_checkpoints_that_cannot_be_written_ends_before_the_first_step(trained, tmp_path):
     (tmp_path / "file").write_text("")
     status, output, _ = trained(checkpoint_root=str(tmp_path / "file" / "folder"))
@@ -217,7 +260,7 @@ def test_a_configuration_for_several_processes_says_that_it_trains_on_one(traine
 
 def test_with_nothing_held_out_the_newest_checkpoint_is_the_best(trained):
     status, output, folder = trained(train_percent=1, max_steps=4, eval_freq=2)
-    assert status == 0 and "0 dialogues held out" in output
+    assert status == 0 and "0 dialogues held out" in output and "nothing is held out" in output and "inf" not in output.split("work ")[1]
     assert runs.checkpoint(folder, "best.pth")["progress"]["step"] == 4
 
 
