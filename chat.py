@@ -352,7 +352,7 @@ def change(conversation, rest):
 def save(conversation, path):
     texts = [text.strip() or "…" for text, _ in conversation.utterances]  # an empty line would end the dialogue
     content = "\n".join(texts)
-    if path.endswith(".jsonl"):
+    if path.endswith((".jsonl", ".json")):
         turns = [dict(role=("user", "assistant")[n % 2], content=text) for n, text in enumerate(texts)]
         content = json.dumps({"messages": turns}, ensure_ascii=False)
     try:

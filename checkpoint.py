@@ -74,8 +74,8 @@ def write(path, content):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save says "unexpected pos" where the disk is full
         if isinstance(error, OSError) or "unexpected pos" in str(error):
-            raise UserError(f"{path} cannot be written: {getattr(error, 'strerror', None) or 'is the disk full?'}; make room and go on "
-                            "with what was saved before (resume_from=auto)")
+            raise UserError(f"{path} cannot be written: {getattr(error, 'strerror', None) or 'is the disk full?'}; what was saved "
+                            "before is whole")
         raise
     finally:
         if os.path.exists(temporary):
@@ -110,8 +110,8 @@ def numbered(folder):
 
 
 def set_aside(folder):
-    """Moves an earlier run's checkpoints out of the way of a new one; returns where to, or None if there were none."""
-    names = [name for name in os.listdir(folder) if name.endswith(".pth")] if os.path.isdir(folder) else []
+    """Moves an earlier run's checkpoints and figures out of the way of a new one; returns where to, or None if there were none."""
+    names = [name for name in os.listdir(folder) if name.endswith(".pth") or name == "metrics.json"] if os.path.isdir(folder) else []
     if not names:
         return None
     target = os.path.join(folder, time.strftime("before-%Y%m%d-%H%M%S"))

@@ -24,26 +24,32 @@ def read_text(path):
             with open(path, "rb") as file:
                 content = file.read()
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; it should be a CSV with the columns label and review "
+        raise UserError(f"{path} does not exist; to train on, it should be a CSV with the columns label and review "
                         "(data/sample_reviews.csv is one), or fetch one: python data.py download sentiment")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}")
+    places = []
     for encoding in ("utf-8-sig", "gb18030"):
         try:
             return content.decode(encoding)
         except UnicodeDecodeError as error:
-            place = error.start
-    raise UserError(f"{path} is neither UTF-8 nor GB18030 (byte {place}); save it as UTF-8")
+            places.append(error.start)
+    raise UserError(f"{path} is neither UTF-8 (byte {places[0]}) nor GB18030 (byte {places[1]}); save it as UTF-8")
 
 
 def read_table(path):
     """(column names, rows) of a CSV file."""
     csv.field_size_limit(1 << 30)
+    reader, rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True), []
     try:
-        rows = list(csv.reader(io.StringIO(read_text(path), newline="")))
+        for row in reader:
+            if rows and any(field.strip() for field in row[len(rows[0]):]):
+                raise csv.Error('more fields than the first line names; a text with a comma in it must stand in quotes: "…"')
+            if row or rows:
+                rows.append(row)
     except csv.Error as error:
-        raise UserError(f"{path} is not a CSV file: {error}")
-    if not rows or not rows[0]:
+        raise UserError(f"{path}, line {reader.line_num}: {error}")
+    if not rows:
         raise UserError(f"{path} is empty; its first line should be label,review")
     return [name.strip().lower() for name in rows[0]], rows[1:]
 
@@ -70,7 +76,7 @@ def read_reviews(path):
 
 def read_unlabelled(path):
     """The texts to be classified: a .csv's column review (or its only column), else the lines."""
-    if not path.endswith(".csv"):
+    if not path.lower().endswith(".csv"):
         texts = [line.rstrip("\n") for line in io.StringIO(read_text(path), newline=None)]
     else:
         names, rows = read_table(path)
@@ -104,7 +110,7 @@ def deal(texts, labels, among, parts, seed):
 def splits(texts, labels, names, settings):
     """Yields (title, seed, training, validation, test), the last three sorted review numbers, of every run to be made."""
     everything = np.arange(len(texts))
-    for seed in settings.seeds or [settings.seed]:
+    for seed in dict.fromkeys(settings.seeds or [settings.seed]):
         if settings.split_path:
             sets = [(f"seed {seed}, split {k}", np.array(sorted(test)))
                     for k, test in enumerate(read_split(settings.split_path, len(texts)))]
@@ -131,11 +137,12 @@ def read_split(path, count):
     """The test sets in a JSON file."""
     try:
         sets = json.loads(read_text(path))
-        fits = all(test and all(type(i) is int and 0 <= i < count for i in test) for test in sets)
+        fits = sets and all(test and len(set(test)) == len(test) and all(type(i) is int and 0 <= i < count for i in test) for test in sets)
     except (ValueError, TypeError):
         fits = False
     if not fits:
-        raise UserError(f"split_path={path} is not a list of lists of numbers from 0 to {count - 1}; bench/linear.py --splits writes one")
+        raise UserError(f"split_path={path} is not a list of lists of different numbers from 0 to {count - 1}; "
+                        "bench/linear.py --splits writes one")
     return sets
 
 

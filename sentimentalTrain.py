@@ -54,7 +54,10 @@ def start(processes):
         raise UserError("no configuration is named; config/demoSentimental.yaml is one")
     if predicting and len(paths) > 1:
         raise UserError(f"--predict takes one configuration or checkpoint, not {len(paths)}")
-    read = lambda path: {} if predicting and path.endswith(".pth") else settings_module.read_yaml(path)
+    if not predicting and (models := [path for path in paths if path.endswith(".pth")]):
+        raise UserError(f"{models[0]} is a checkpoint, not a configuration; to classify with it: --predict FILE, to train on: "
+                        f"config/demoSentimental.yaml base_model={models[0]}")
+    read = lambda path: {} if path.endswith(".pth") else settings_module.read_yaml(path)
     several = [settings_module.build(SentimentSettings, read(path) | over) for path in paths]
     for key in ("device", "dtype"):
         if len(values := sorted({getattr(settings, key) for settings in several})) > 1:
@@ -65,19 +68,26 @@ def start(processes):
         texts = [options.predict_text] if options.predict_text is not None else data.read_unlabelled(options.predict)
         return predict(path, texts, runtime)
     stopping = rt.StopSignal(processes)
+    for settings in several:  # what can be wrong with the last shows before the first has taken hours
+        data.read_reviews(settings.sentimental_data_path)
+        if settings.base_model and not os.path.exists(settings.base_model):
+            checkpoint.load(settings.base_model)  # says so
+    if len(paths) > 1 and runtime.main and not options.dry_run:
+        checkpoint.make_folder(os.path.dirname(options.table) or ".", f"--table {options.table}")
     results = []
     for path, settings in zip(paths, several):
         if len(paths) > 1:
             runtime.say(f"\n== {path}")
-        results.append(experiment(settings, runtime, stopping, options.dry_run))
-        if results[-1] is None and not options.dry_run:
-            return
-    if len(paths) > 1 and not options.dry_run and runtime.main:
+        result = experiment(settings, runtime, stopping, options.dry_run)
+        results += [result] if result else []
+        if not options.dry_run and (result is None or len(result["runs"]) < result["planned"]):  # stopped
+            break
+    if len(paths) > 1 and results and runtime.main:
         table(paths, several, results, options.table)
 
 
 def experiment(settings, runtime, stopping, dry_run):
-    """All runs (seeds, folds) of one configuration: their mean figures, or None if it was stopped."""
+    """All runs (seeds, folds) of one configuration: the figures of those that ended before it was stopped, or None."""
     if settings.resume_from:
         runtime.say(f"resume_from={settings.resume_from} is not used here: base_model={settings.base_model} is what is started from")
     if settings.compile:
@@ -94,22 +104,24 @@ def experiment(settings, runtime, stopping, dry_run):
         folder = settings.checkpoint_root if len(plans) == 1 else os.path.join(settings.checkpoint_root, name)
         result = train(settings, runtime, stopping, texts, labels, names, seed, parts, folder, dry_run)
         if result is None:
-            return None
+            break
         results.append(dict(title=title, seed=seed) | result)
         runtime.say(f"{title}: {tell(result['test'], names)}; {result['minutes']:.1f} minutes")
+    if not results:
+        return None
     summary = {name: float(np.mean([r["test"][name] for r in results])) for name in ("accuracy", "f1", "auc", "majority")}
     summary |= dict(deviation=float(np.std([r["test"]["accuracy"] for r in results], ddof=1)) if len(results) > 1 else None,
-                    trained=results[0]["trained"], minutes=sum(r["minutes"] for r in results))
-    if len(results) > 1:
-        runtime.say(f"{len(results)} runs: test accuracy {percent(summary)}, macro F1 {summary['f1']:.4f}, ROC AUC {summary['auc']:.4f}, "
-                    f"majority {summary['majority']:.2%}")
+                    trained=results[0]["trained"], minutes=sum(r["minutes"] for r in results), runs=results, planned=len(plans))
+    if len(plans) > 1:
+        runtime.say(f"{len(results)} of {len(plans)} runs: test accuracy {percent(summary)}, macro F1 {summary['f1']:.4f}, "
+                    f"ROC AUC {summary['auc']:.4f}, majority {summary['majority']:.2%}")
     if runtime.main:
-        root, several = settings.checkpoint_root, len(results) > 1
+        root, several = settings.checkpoint_root, len(plans) > 1
         if several:
             checkpoint.set_aside(root)
             chosen = max(results, key=lambda result: result["validation"]["accuracy"] if result["validation"] else 0)
             checkpoint.name_also(os.path.join(chosen["folder"], "best.pth"), os.path.join("..", "best.pth"))
-        content = summary | dict(classes=names, runs=results, settings=dataclasses.asdict(settings))
+        content = summary | dict(classes=names, settings=dataclasses.asdict(settings))
         with open(os.path.join(root, "metrics.json"), "w", encoding="utf-8") as file:
             json.dump(content, file, ensure_ascii=False, indent=1)
         best = " that is best on validation" if several and chosen["validation"] else ""
@@ -141,6 +153,8 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
     describe_run(runtime, classifier, trained, parts, lengths, filling)
     if dry_run:
         return None
+    if runtime.main:
+        checkpoint.make_folder(folder, f"checkpoint_root={settings.checkpoint_root}")
     linear = Ngrams.train([whole[i] for i in training], labels[training], len(names), settings.ngrams) if settings.ngrams else None
     decay = 0.0 if settings.frozen else settings.weight_decay  # it would pull on the embeddings that are to stay; their gradients are 0
     optimizers = make_optimizers(classifier, dataclasses.replace(settings, weight_decay=decay), runtime.dtype)
@@ -259,7 +273,7 @@ def save(folder, step, classifier, linear, tokenizer, names, block_size, setting
 def load(path):
     """(classifier, its n-gram model or None, tokenizer, what else was saved of it) of a file that `save` wrote."""
     if not os.path.exists(path):
-        raise UserError(f"{path} does not exist; make it first, by the same command without --predict")
+        raise UserError(f"{path} does not exist; make one first: python sentimentalTrain.py config/demoSentimental.yaml")
     gpt, tokenizer, meta = checkpoint.load_model(path)
     if "classifier" not in meta:
         raise UserError(f"{path} is no classifier; make one: python sentimentalTrain.py config/demoSentimental.yaml base_model={path}")
@@ -356,14 +370,15 @@ def percent(summary):
 def table(paths, several, results, target):
     """The table of all configurations: printed, as Markdown, and as a picture."""
     head = ["configuration", "mask", "frozen", "accuracy", "macro F1", "trained parameters", "minutes"]
-    lines = [[os.path.splitext(os.path.basename(path))[0], "yes" if settings.use_mask else "no", "yes" if settings.frozen else "no",
-              percent(result), f"{result['f1']:.4f}", f"{result['trained'] / 1e6:.2f}M", f"{result['minutes']:.1f}"]
+    part = lambda result: "" if len(result["runs"]) == result["planned"] else f" ({len(result['runs'])} of {result['planned']} runs)"
+    lines = [[os.path.splitext(os.path.basename(path))[0] + part(result), "yes" if settings.use_mask else "no",
+              "yes" if settings.frozen else "no", percent(result), f"{result['f1']:.4f}", f"{result['trained'] / 1e6:.2f}M",
+              f"{result['minutes']:.1f}"]
              for path, settings, result in zip(paths, several, results)]
     widths = [max(len(line[i]) for line in [head] + lines) for i in range(len(head))]
     rule = ["-" * width for width in widths]
     text = "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in [head, rule] + lines)
     print("\n" + text)
-    os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
     with open(target + ".md", "w", encoding="utf-8") as file:
         file.write(text + "\n")
     print(f"\nalso as {target}.md" + (f" and {target}.png" if picture(lines, results, target + ".png") else

@@ -114,7 +114,7 @@ class SentimentSettings(Training):
     causal: bool = key(True, "False: while fine-tuning, positions see the later ones too")
     ngrams: int = key(0, "add a linear model on the hashed 1- to n-grams of tokens to the scores; 0: none", low=0, high=8)
     val_percent: float = key(0.1, "share of the training part that the epoch is chosen on; 0: take the last epoch", low=0, high=0.9)
-    seeds: list[int] | None = key(None, "repeat with each of these seeds (weights and split); empty: seed alone")
+    seeds: list[int] | None = key(None, "repeat with each of these seeds (weights and split); empty: seed alone", low=0, high=2**32 - 1)
     folds: int | None = key(None, "cross-validate: every review is tested once in so many parts", low=2)
     split_path: str | None = key(None, "JSON list of test sets, each a list of reviews by number (from 0, empty ones not counted)")
 
@@ -160,8 +160,8 @@ def _parse(name, value, field, hint):
         low, high, choices = (field.metadata[k] for k in ("low", "high", "choices"))
         if choices and parsed not in choices:
             raise UserError(f"{name}={parsed} is none of {', '.join(choices)}")
-        if isinstance(parsed, (int, float)) and not isinstance(parsed, bool):
-            if (low is not None and parsed < low) or (high is not None and parsed > high):
+        for number in parsed if isinstance(parsed, list) else [parsed] * (kind in (int, float)):
+            if (low is not None and number < low) or (high is not None and number > high):
                 raise UserError(f"{name}={value} must be {'' if low is None else f'at least {low}'}"
                                 f"{' and ' if None not in (low, high) else ''}{'' if high is None else f'at most {high}'}")
         return parsed

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -280,11 +281,47 @@ def test_every_seed_of_given_test_sets_has_a_folder_of_its_own(config, tmp_path,
     assert len({one["folder"] for one in metrics(tmp_path / "out")["runs"]}) == 4
 
 
+def test_a_run_stopped_between_folds_and_configurations_keeps_the_figures_of_what_ended(config, tmp_path, monkeypatch, capsys):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    make = checkpoint.make_folder
+
+    def interrupted(folder, wish):
+        make(folder, wish)
+        if folder.endswith("two/seed1337-fold3"):
+            os.kill(os.getpid(), signal.SIGINT)
+    monkeypatch.setattr(checkpoint, "make_folder", interrupted)
+    for name in ("one", "two", "three"):
+        (tmp_path / f"{name}.yaml").write_text(open(config).read().replace("/out", f"/{name}"))
+    paths = [str(tmp_path / f"{name}.yaml") for name in ("one", "two", "three")]
+    run(monkeypatch, *paths, "folds=3", "max_epoch=1", "--table", str(tmp_path / "t"))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    assert len(metrics(tmp_path / "one")["runs"]) == 3 and len(metrics(tmp_path / "two")["runs"]) == 2
+    assert (tmp_path / "two" / "best.pth").exists() and not (tmp_path / "three").exists()
+    assert "2 of 3 runs: test accuracy" in capsys.readouterr().out
+    table = (tmp_path / "t.md").read_text()
+    assert "two (2 of 3 runs)" in table and "three" not in table
+
+
+def test_figures_of_an_earlier_run_go_aside_with_its_checkpoints(config, tmp_path, monkeypatch):
+    for seed in (1, 2):
+        run(monkeypatch, config, "max_epoch=1", f"seed={seed}")
+    (aside,) = (tmp_path / "out").glob("before-*")
+    assert [metrics(folder)["settings"]["seed"] for folder in (aside, tmp_path / "out")] == [1, 2]
+
+
+def test_what_is_wrong_with_the_last_configuration_shows_before_the_first_is_trained(config, tmp_path, monkeypatch):
+    (tmp_path / "last.yaml").write_text(open(config).read().replace("cpt1.pth", "none.pth"))
+    with pytest.raises(UserError, match="none.pth does not exist"):
+        run(monkeypatch, config, str(tmp_path / "last.yaml"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_lines_to_predict_end_at_line_ends_only(tmp_path):
     (tmp_path / "in.txt").write_text("好\u2028坏\n\x0b\n差\r\n", encoding="utf-8", newline="")
-    (tmp_path / "in.csv").write_text("review\n好\n\n差\n", encoding="utf-8")
+    (tmp_path / "in.CSV").write_text("\nreview\n好\n\n差\n", encoding="utf-8")
     assert reviews.read_unlabelled(str(tmp_path / "in.txt")) == ["好\u2028坏", "\x0b", "差"]
-    assert reviews.read_unlabelled(str(tmp_path / "in.csv")) == ["好", "", "差"]
+    assert reviews.read_unlabelled(str(tmp_path / "in.CSV")) == ["好", "", "差"]
 
 
 def test_a_classifier_still_talks(config, tmp_path, monkeypatch):
@@ -378,7 +415,10 @@ def test_reviews_are_read_in_utf8_with_or_without_mark_and_in_gb18030(encoding, 
     ("label,review\n" + "".join(f"{i},好{i}\n" for i in range(200)), "200 different values"),
     ("label,review\n1,好\n0,坏\n", "no review of class"),
     ("label,review\n" + "".join(f"{i % 2},好{i}\n" for i in range(9)), "train_batch=8 is more than the"),
-    (b"label,review\n1,\xff\xff\xff\n", "neither UTF-8 nor GB18030"),
+    (b"label,review\n1,\xff\xff\xff\n", r"neither UTF-8 \(byte 15\) nor GB18030 \(byte 15\)"),
+    ("label,review\n1,good room, bad food\n0,坏\n", "line 2: more fields"),
+    ('label,review\n1,"好\n0,"坏"\n', "line 3: ',' expected"),
+    ('label,review\n0,坏\n1,"好\n', "line 3: unexpected end"),
 ])
 def test_reviews_that_are_no_good_end_in_one_line_that_says_so(content, says, config, tmp_path, monkeypatch):
     path = tmp_path / "bad.csv"
@@ -392,6 +432,8 @@ def test_reviews_that_are_no_good_end_in_one_line_that_says_so(content, says, co
 def test_a_missing_base_or_a_checkpoint_without_a_classifier_says_what_to_do(config, base, monkeypatch):
     with pytest.raises(UserError, match="base_model is not set"):
         run(monkeypatch, config, "base_model=")
+    with pytest.raises(UserError, match="cpt1.pth is a checkpoint, not a configuration"):
+        run(monkeypatch, base)
     with pytest.raises(UserError, match="is no classifier"):
         run(monkeypatch, base, "--predict-text", "好")
 

@@ -68,7 +68,8 @@ def test_a_wrong_value_is_refused_with_its_name_and_what_it_must_be(values, mess
 @pytest.mark.parametrize(("script", "values", "message"), [
     (ChatSettings, dict(top_p=1.5), "top_p=1.5 must be at least 0 and at most 1"), (ChatSettings, dict(temperature=-1), "temperature=-1"),
     (ChatSettings, dict(repetition_penalty=0.5), "repetition_penalty=0.5"),
-    (SentimentSettings, dict(use_mask="perhaps"), "use_mask='perhaps'")])
+    (SentimentSettings, dict(use_mask="perhaps"), "use_mask='perhaps'"),
+    (SentimentSettings, dict(seeds=[3, -1]), "must be at least 0 and at most 4294967295")])
 def test_the_other_scripts_values_are_checked_too(script, values, message):
     with pytest.raises(UserError, match=message):
         build(script, values)
