@@ -56,7 +56,7 @@ def train(settings, runtime, dry_run, begin):
         progress |= saved["progress"]
         if progress["store"] is None:  # the original's: it kept no place in the data
             progress["store"] = identity
-        elif progress["store"] != identity:
+        elif saved["progress"].get("store") != identity:  # a classifier's has none
             runtime.say(f"{settings.data_path} is not what {path} was trained on: a new run with its weights, from step 0")
             progress = anew
     epoch = data.Epoch(documents, settings.block_size, settings.seed, progress["epoch"])
