@@ -1,0 +1,129 @@
+"""A checkpoint as a folder that Hugging Face's transformers, and what reads its files, can load.
+
+    python export.py checkpoints/demo/best.pth exported
+
+`modern` becomes Qwen3ForCausalLM, `gpt2` GPT2LMHeadModel; their logits are the same up to rounding.
+"""
+
+import argparse
+import json
+import os
+
+import torch
+
+import checkpoint
+import settings as settings_module
+from model import rms_norm
+from settings import UserError
+from tokenizer import PAD, SEP, SPECIALS, BPETokenizer
+
+# An utterance a line, the line end is <sep>; what is to be answered is closed by one too.
+CHAT_TEMPLATE = ("{% for message in messages if message['role'] != 'system' %}"
+                 "{{ message['content'] | replace('\n', ' ') + '\n' }}{% endfor %}")
+
+
+def export(path, folder):
+    """Writes the GPT of the checkpoint `path` (a classifier's too, without its head) to a folder that is new or empty."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise UserError("export.py needs safetensors: python -m pip install safetensors")
+    model, tokenizer, _ = checkpoint.load_model(path)
+    if os.path.isdir(folder) and os.listdir(folder):
+        raise UserError(f"{folder} is not empty; name a new folder")
+    checkpoint.make_folder(folder, folder)
+    weights, config = (qwen3 if model.config.modern else gpt2)(model)
+    ends = dict(eos_token_id=[SEP, PAD], pad_token_id=PAD, bos_token_id=None)
+    config |= ends | dict(vocab_size=model.config.vocab_size, dtype="float32")
+    save_file({name: tensor.contiguous().clone() for name, tensor in weights.items()}, os.path.join(folder, "model.safetensors"),
+              metadata={"format": "pt"})
+    tokenizer_of(tokenizer).save(os.path.join(folder, "tokenizer.json"))
+    for name, content in (
+            ("config", config),
+            ("generation_config", ends | dict(do_sample=True, temperature=0.65, top_p=0.92, suppress_tokens=[0])),
+            ("tokenizer_config", dict(tokenizer_class="PreTrainedTokenizerFast", unk_token=SPECIALS[0], pad_token=SPECIALS[PAD],
+                                      eos_token=SPECIALS[PAD], model_max_length=model.config.block_size, chat_template=CHAT_TEMPLATE))):
+        with open(os.path.join(folder, name + ".json"), "w", encoding="utf-8") as file:
+            json.dump(content, file, ensure_ascii=False, indent=1)
+
+
+def qwen3(model):
+    """(weights, configuration) of Qwen3ForCausalLM. It does not normalise look-ups: the rows are stored normalised."""
+    c, size = model.config, model.config.vocab_size
+    weights = {"model.embed_tokens.weight": rms_norm(model.embedding.weight[:size]), "model.norm.weight": model.norm.weight,
+               "lm_head.weight": model.head.weight[:size]}
+    for layer, block in enumerate(model.blocks):
+        parts = dict(input_layernorm=block.norm1, post_attention_layernorm=block.norm2)
+        parts |= {f"self_attn.{theirs}": getattr(block.attention, ours) for theirs, ours in dict(
+            q_proj="q", k_proj="k", v_proj="v", o_proj="out", q_norm="q_norm", k_norm="k_norm").items()}
+        parts |= {f"mlp.{theirs}": getattr(block.mlp, ours) for theirs, ours in dict(
+            gate_proj="gate", up_proj="up", down_proj="out").items()}
+        weights |= {f"model.layers.{layer}.{name}.weight": part.weight for name, part in parts.items()}
+    return weights, dict(
+        architectures=["Qwen3ForCausalLM"], model_type="qwen3", hidden_size=c.n_embd, intermediate_size=c.hidden_size,
+        num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_size,
+        hidden_act="silu", max_position_embeddings=c.block_size, rms_norm_eps=1e-6, attention_bias=False, tie_word_embeddings=False,
+        rope_theta=10000.0, rope_parameters=dict(rope_type="default", rope_theta=10000.0))
+
+
+def gpt2(model):
+    """(weights, configuration) of GPT2LMHeadModel: matrices transposed, q, k and v in one, every head with its own k and v."""
+    c, size = model.config, model.config.vocab_size
+    weights = {"transformer.wte.weight": model.embedding.weight[:size], "transformer.wpe.weight": model.positions.weight}
+    if not c.tied:
+        weights["lm_head.weight"] = model.head.weight[:size]
+
+    def put(name, weight, bias):
+        weights[f"transformer.{name}.weight"] = weight
+        weights[f"transformer.{name}.bias"] = torch.zeros(weight.shape[-1]) if bias is None else bias
+
+    def every_head(parameter):
+        return parameter.unflatten(0, (c.n_kv_head, -1)).repeat_interleave(c.n_head // c.n_kv_head, dim=0).flatten(0, 1)
+
+    put("ln_f", model.norm.weight, model.norm.bias)
+    for layer, block in enumerate(model.blocks):
+        attention = block.attention
+        qkv = [attention.q, attention.k, attention.v]
+        weight = torch.cat([qkv[0].weight, *(every_head(linear.weight) for linear in qkv[1:])])
+        bias = torch.cat([qkv[0].bias, *(every_head(linear.bias) for linear in qkv[1:])]) if c.bias else None
+        put(f"h.{layer}.attn.c_attn", weight.T, bias)
+        put(f"h.{layer}.ln_1", block.norm1.weight, block.norm1.bias)
+        put(f"h.{layer}.ln_2", block.norm2.weight, block.norm2.bias)
+        for name, linear in (("attn.c_proj", attention.out), ("mlp.c_fc", block.mlp.up), ("mlp.c_proj", block.mlp.out)):
+            put(f"h.{layer}.{name}", linear.weight.T, linear.bias)
+    return weights, dict(
+        architectures=["GPT2LMHeadModel"], model_type="gpt2", n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+        n_positions=c.block_size, n_inner=c.hidden_size, activation_function="gelu", layer_norm_epsilon=1e-5,
+        tie_word_embeddings=c.tied)
+
+
+def tokenizer_of(ours):
+    """A `tokenizers.Tokenizer` with the same ids. There `<sep>` is the newline itself, and `<unk>` and `<pad>` can be typed."""
+    import tokenizers
+    if isinstance(ours, BPETokenizer):
+        description = json.loads(ours.description)
+        model = description["model"]
+        model["vocab"] = {SPECIALS[0]: 0, "\n": SEP, SPECIALS[PAD]: PAD} | {
+            token: i + len(SPECIALS) for token, i in model["vocab"].items()}
+        theirs = tokenizers.Tokenizer.from_str(json.dumps(description))
+        theirs.add_tokens([tokenizers.AddedToken("\n", normalized=False)])
+    else:  # byte-pair encoding without pairs: characters
+        vocabulary = {SPECIALS[0]: 0, "\n": SEP, SPECIALS[PAD]: PAD} | {c: i for i, c in enumerate(ours.vocabulary, len(SPECIALS))}
+        theirs = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token=SPECIALS[0]))
+        theirs.decoder = tokenizers.decoders.Fuse()
+    theirs.add_special_tokens([SPECIALS[0], SPECIALS[PAD]])
+    return theirs
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("checkpoint", help="a .pth of train.py or sentimentalTrain.py")
+    parser.add_argument("folder", help="where config.json, model.safetensors and tokenizer.json go; new or empty")
+    options = parser.parse_args()
+    with torch.no_grad():
+        export(options.checkpoint, options.folder)
+    print(f"{options.folder}: load it with transformers' AutoModelForCausalLM and AutoTokenizer")
+
+
+if __name__ == "__main__":
+    settings_module.main(main)
