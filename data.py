@@ -8,7 +8,6 @@ import codecs
 import contextlib
 import glob
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ from settings import TrainSettings, UserError
 from tokenizer import CODE_POINTS, PAD, SEP, code_points, text_of
 
 STORE_FORMAT = 2
-BLOCK = 1 << 20  # bytes read at once
+BLOCK = 1 << 18  # bytes read at once; arrays of this size stay in the cache and in the heap
 IGNORE = -100  # target of a position that is not scored
 NEWLINE = ord("\n")
 SPACE = np.zeros(CODE_POINTS, dtype=bool)  # what str.isspace says
@@ -64,7 +63,7 @@ def corpus_errors(path):
         raise UserError(f"data_path={path} does not exist; put a text file there, an utterance a line and an empty line "
                         "between dialogues (data/sample_dialogues.txt is one), or fetch one: python data.py download chat")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error.reason} near byte {error.start} of a block); "
+        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); "
                         f"convert it: iconv -f GB18030 -t UTF-8 {path} > utf8.txt")
     except OSError as error:
         raise UserError(f"data_path={path} cannot be read: {error.strerror}")
@@ -72,11 +71,15 @@ def corpus_errors(path):
 
 def _read_text(file, path):
     """Blank lines are found in arrays, not line by line: a line costs as much as a hundred characters in an array."""
-    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
-    block, rest, size = b" ", np.zeros(0, np.uint32), BLOCK
+    tail, rest, size, block = file.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8), code_points(""), BLOCK, b" "
     while block:
         block = file.read(size)
-        points = np.concatenate([rest, code_points(decoder.decode(block, final=not block) + ("" if block else "\n\n"))])
+        raw = tail + block
+        whole = raw.rfind(b"\n") + 1 if block else len(raw)  # lines
+        text, tail = _decode(raw[:whole], file.tell() - len(raw)), raw[whole:]
+        if "\r" in text:
+            text = text.replace("\r\n", "\n").replace("\r", "\n")
+        points = np.concatenate([rest, code_points(text if block else text + "\n\n")])
         ends = np.flatnonzero(points == NEWLINE) + 1  # of lines
         sizes = np.diff(ends, prepend=0)
         blank = sizes == 1
@@ -93,7 +96,7 @@ def _read_text(file, path):
 def _read_jsonl(file, path):
     group = []
     for number, line in enumerate(file, 1):
-        line = line.decode("utf-8-sig")
+        line = _decode(line, file.tell() - len(line)).removeprefix("\ufeff")
         if line.isspace():
             continue
         try:
@@ -112,6 +115,15 @@ def _read_jsonl(file, path):
             group = []
     if group:
         yield _joined(group)
+
+
+def _decode(raw, place):
+    """The text of bytes that begin at this place of their file; an error names its place there too."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        error.start += place
+        raise
 
 
 def _joined(dialogues):

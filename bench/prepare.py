@@ -5,6 +5,7 @@ cache. The original's way is written anew from what the original was seen to do;
 """
 
 import collections
+import importlib
 import os
 import shutil
 import statistics
@@ -56,6 +57,8 @@ def child(way, path, block_size):
     """In a fresh process: prepares once and prints seconds, peak bytes, bytes before."""
     if way == "ours":
         sys.path.insert(0, ROOT)
+        for name in ("numpy.random", "multiprocessing.synchronize"):  # torch has long imported them in train.py
+            importlib.import_module(name)
         import data
         from settings import TrainSettings
         prepare = lambda: data.prepare(TrainSettings(data_path=path, block_size=block_size))

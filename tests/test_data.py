@@ -97,6 +97,8 @@ def test_what_a_killed_preparation_left_goes_after_an_hour(tmp_path):
 
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("a.txt", "你好\n吃了吗".encode("gb18030"), "not UTF-8"),
+    ("f.txt", "你好\r\n\r\n".encode() * 100_000 + b"\xff", "at byte 1000000"),
+    ("g.jsonl", b'{"messages": []}\n{"\xff', "at byte 19"),
     ("b.jsonl", b'{"text": 1}', "line 1"),
     ("c.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}\n{', "line 2"),
     ("d.txt", b"\n\n", "no dialogue"),
