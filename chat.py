@@ -1,5 +1,6 @@
 """Talk with a checkpoint, at a terminal or through a pipe: python chat.py CONFIG|CHECKPOINT [key=value …]."""
 
+import contextlib
 import dataclasses
 import difflib
 import glob
@@ -193,11 +194,14 @@ def find_checkpoint(settings):
     if "pretrained" in path:
         raise UserError(f"{path} does not exist; this downloads it: python data.py download pretrained")
     folder = os.path.normpath(os.path.dirname(path) or ".")
-    configs = sorted(glob.glob("config/*.yaml"))
-    makes = [(c, values) for c in configs for values in [settings_module.read_yaml(c)]
-             if os.path.normpath(values.get("checkpoint_root") or "checkpoints") == folder] or [("config/demo.yaml", {})]
-    script = "sentimentalTrain.py" if "sentimental_data_path" in makes[0][1] else "train.py"
-    raise UserError(f"{path} does not exist; this makes one: python {script} {makes[0][0]}")
+    makes = "train.py config/demo.yaml"
+    for config in sorted(glob.glob("config/*.yaml")):
+        with contextlib.suppress(UserError):  # another file's mistakes are not the matter here
+            values = settings_module.read_yaml(config)
+            if os.path.normpath(str(values.get("checkpoint_root", "checkpoints"))) == folder:
+                makes = f"{'sentimentalTrain.py' if 'sentimental_data_path' in values else 'train.py'} {config}"
+                break
+    raise UserError(f"{path} does not exist; this makes one: python {makes}")
 
 
 def load(path, settings):

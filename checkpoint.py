@@ -37,6 +37,10 @@ RENAMED = (
     (".attention.W_", ".attention."), (".ffn.dense1.", ".mlp.up."), (".ffn.", ".mlp."), (".out_net.", ".out."))
 
 
+class Damaged(UserError):
+    """A file whose content is not a checkpoint; other errors of reading may pass by themselves."""
+
+
 def make_folder(folder, wish):
     """Makes the folder that checkpoints will be written to, or says now, not at the first of them, that `wish` cannot be had."""
     try:
@@ -94,12 +98,14 @@ def name_also(path, name):
     """
     temporary = _beside(path)
     try:
-        os.link(path, temporary)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, os.path.join(os.path.dirname(path), name))
-    if os.path.exists(temporary):  # replacing a link by a link to the same file does nothing
-        os.unlink(temporary)
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, temporary)
+        os.replace(temporary, os.path.join(os.path.dirname(path), name))
+    finally:
+        if os.path.exists(temporary):  # replacing a link by a link to the same file does nothing
+            os.unlink(temporary)
 
 
 def numbered(folder):
@@ -124,16 +130,19 @@ def set_aside(folder):
 
 
 def load(path):
-    """What torch.save wrote to a file, on the CPU; a UserError if there is none, or it is damaged or needs code to be run."""
+    """What torch.save wrote to a file, on the CPU; a UserError if there is none or it cannot be read, Damaged if it is damaged
+    or needs code to be run."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         way = "download it (python data.py download pretrained)" if "pretrained" in path else "train one (python train.py config/demo.yaml)"
         raise UserError(f"{path} does not exist; {way} or name another checkpoint")
     except pickle.UnpicklingError:
-        raise UserError(f"{path} is refused: it is damaged, or it would run code of its own on loading")
+        raise Damaged(f"{path} is refused: it is damaged, or it would run code of its own on loading")
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError, struct.error) as error:
-        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+        passing = isinstance(error, OSError) or "allocate memory" in str(error)
+        raise (UserError if passing else Damaged)(
+            f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
 
 
 def read(path, corpus=None):
@@ -151,18 +160,23 @@ def _ours(content, path, corpus):
 
 
 def newest(folder, corpus=None):
-    """(path, content) of the newest readable checkpoint in `folder`, or (None, None).
+    """(path, content) of the newest checkpoint in `folder` that is not damaged, or (None, None) where there is no checkpoint.
 
-    Unreadable ones get another name, so that the run goes on in its folder as if they had not been written.
+    Those after it get another name, so that the run goes on in its folder as if they had not been written.
     """
+    damaged = {}
     for _, path in numbered(folder):
         try:
             content = load(path)
-        except UserError as error:
-            print(f"warning: {error}; it is now {path}.unreadable, taking the one before", file=sys.stderr)
-            os.replace(path, path + ".unreadable")
-        else:
-            return path, _ours(content, path, corpus)
+        except Damaged as error:
+            damaged[path] = error
+            continue
+        for other, error in damaged.items():
+            print(f"warning: {error}; it is now {other}.unreadable, taking the one before", file=sys.stderr)
+            os.replace(other, other + ".unreadable")
+        return path, _ours(content, path, corpus)
+    if damaged:
+        raise UserError(f"no checkpoint in {folder} is whole: {next(iter(damaged.values()))}; leave resume_from=auto out to begin anew")
     return None, None
 
 

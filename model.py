@@ -34,6 +34,11 @@ class GPTConfig:
         object.__setattr__(self, "n_kv_head", self.n_kv_head or self.n_head)
         object.__setattr__(self, "tied", self.arch == "gpt2" if self.tied is None else self.tied)
 
+    @classmethod
+    def of(cls, settings, vocab_size):
+        """The shape that settings describe."""
+        return cls(vocab_size, **{f.name: getattr(settings, f.name) for f in dataclasses.fields(cls) if f.name != "vocab_size"})
+
     @property
     def modern(self):
         return self.arch == "modern"

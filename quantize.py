@@ -74,7 +74,8 @@ def quantize(model, kind, progress=lambda: None):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 if child.in_features % 32 or child.out_features % 16:
-                    raise UserError(f"quantize={kind} needs widths that are multiples of 32; this model has {child.in_features}")
+                    raise UserError(f"quantize={kind} needs matrices from a multiple of 32 to a multiple of 16; this model has one from "
+                                    f"{child.in_features} to {child.out_features}")
                 setattr(module, name, PackedLinear(child, kind))
                 progress()
     return model

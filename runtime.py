@@ -168,7 +168,7 @@ def start(settings, processes=None):
     device = pick_device(settings.device, processes.local_rank, quiet)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        torch.set_float32_matmul_precision("high")  # TF32
     elif not threads_are_set(processes):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // processes.local_world))
@@ -295,20 +295,25 @@ class StopSignal:
 
 
 def peak_flops(runtime):
-    """(FLOP/s that MFU is measured against, where the figure is from)."""
+    """FLOP/s that MFU is measured against: the data sheet's, or what a product reaches here."""
     if runtime.device.type == "cuda":
         name = torch.cuda.get_device_name(runtime.device)
         for part, peak in PEAKS.items():
-            if part in name:
-                return peak, f"data sheet of {part}"
-    size = 2048 if runtime.device.type == "cpu" else 8192
-    a, b = (torch.randn(size, size, device=runtime.device, dtype=runtime.dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(3):
+            if re.search(rf"{part}(?!\d)", name):
+                return peak
+    return matmul_rate(runtime.device, runtime.dtype)
+
+
+def matmul_rate(device, dtype, size=None, seconds=0.2):
+    """FLOP/s of the product of two (size, size) matrices, the best of those that fit into `seconds`."""
+    size = size or (2048 if device.type == "cpu" else 8192)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best, end = float("inf"), time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < end:
         begin = time.perf_counter()
         (a @ b)[0, 0].item()
         best = min(best, time.perf_counter() - begin)
-    return 2 * size ** 3 / best, f"measured on a {size}³ product"
+    return 2 * size ** 3 / best
 
 
 def distribute(runtime, model):
@@ -329,25 +334,31 @@ def step_bar(runtime, **options):
 
 
 def tensorboard(runtime, path):
-    """A SummaryWriter in the main process; elsewhere, and without a path, one that writes nothing."""
+    """TensorBoard's Log in the main process; elsewhere, and without a path, one that writes nothing."""
     if path is None or not runtime.main:
-        return NoWriter()
+        return Log(None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torch.utils.tensorboard import SummaryWriter
     try:
-        return SummaryWriter(path)
+        return Log(SummaryWriter(path))
     except OSError as error:
         raise UserError(f"tensorboard_path={path} cannot be written: {error.strerror}")
 
 
-class NoWriter:
-    def add_scalar(self, *_):
-        pass
+class Log:
+    """A SummaryWriter's methods. Where it cannot write any more, its disk is full say, it says so and the run goes on."""
 
-    add_text = add_scalar
+    def __init__(self, writer):
+        self.writer = writer
 
-    def flush(self):
-        pass
-
-    close = flush
+    def __getattr__(self, name):
+        def method(*arguments):
+            if self.writer is None:
+                return
+            try:
+                getattr(self.writer, name)(*arguments)
+            except OSError as error:
+                print(f"TensorBoard's log in {self.writer.log_dir} ends here: {error.strerror}", file=sys.stderr, flush=True)
+                self.writer = None
+        return method

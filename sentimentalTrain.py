@@ -74,16 +74,22 @@ def start(processes):
             checkpoint.load(settings.base_model)  # says so
     if len(paths) > 1 and runtime.main and not options.dry_run:
         checkpoint.make_folder(os.path.dirname(options.table) or ".", f"--table {options.table}")
-    results = []
+    results, failed = [], None
     for path, settings in zip(paths, several):
         if len(paths) > 1:
             runtime.say(f"\n== {path}")
-        result = experiment(settings, runtime, stopping, options.dry_run)
+        try:
+            result = experiment(settings, runtime, stopping, options.dry_run)
+        except UserError as error:  # what ended before has its table nevertheless
+            failed = error
+            break
         results += [result] if result else []
         if not options.dry_run and (result is None or len(result["runs"]) < result["planned"]):  # stopped
             break
     if len(paths) > 1 and results and runtime.main:
         table(paths, several, results, options.table)
+    if failed:
+        raise failed
 
 
 def experiment(settings, runtime, stopping, dry_run):
@@ -92,21 +98,30 @@ def experiment(settings, runtime, stopping, dry_run):
         runtime.say(f"resume_from={settings.resume_from} is not used here: base_model={settings.base_model} is what is started from")
     if settings.compile:
         runtime.say("compile=True is not used here: batches have many lengths, and each would be compiled anew")
+    if settings.frozen and settings.weight_decay:
+        runtime.say(f"weight_decay={settings.weight_decay} is not used where frozen=True: it would pull on the embeddings that are to stay")
+    if settings.patience and not settings.val_percent:
+        runtime.say(f"patience={settings.patience} is not used: with val_percent=0 nothing is held out")
     texts, labels, names, left_out = data.read_reviews(settings.sentimental_data_path)
     if left_out:
         runtime.say(f"{settings.sentimental_data_path}: {left_out} rows without a review or label are left out")
     runtime.say(f"settings  {', '.join(f'{k}={v}' for k, v in dataclasses.asdict(settings).items())}\n"
                 f"machine   {runtime.device}, {str(runtime.dtype).removeprefix('torch.')}, processes: {runtime.world}")
     plans = list(data.splits(texts, labels, names, settings))
-    results = []
+    results, failed = [], None
     for title, seed, *parts in plans:
         name = title.replace(", ", "-").replace(" ", "")
         folder = settings.checkpoint_root if len(plans) == 1 else os.path.join(settings.checkpoint_root, name)
-        result = train(settings, runtime, stopping, texts, labels, names, seed, parts, folder, dry_run)
+        try:
+            result = train(settings, runtime, stopping, texts, labels, names, seed, parts, folder, dry_run)
+        except UserError as error:
+            result, failed = None, error
         if result is None:
             break
         results.append(dict(title=title, seed=seed) | result)
         runtime.say(f"{title}: {tell(result['test'], names)}; {result['minutes']:.1f} minutes")
+    if failed and not results:
+        raise failed
     if not results:
         return None
     summary = {name: float(np.mean([r["test"][name] for r in results])) for name in ("accuracy", "f1", "auc", "majority")}
@@ -126,6 +141,8 @@ def experiment(settings, runtime, stopping, dry_run):
             json.dump(content, file, ensure_ascii=False, indent=1)
         best = " that is best on validation" if several and chosen["validation"] else ""
         runtime.say(f"the classifier{best}: {root}/best.pth; all figures: {root}/metrics.json")
+    if failed:
+        raise failed
     return summary
 
 
@@ -156,7 +173,7 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
     if runtime.main:
         checkpoint.make_folder(folder, f"checkpoint_root={settings.checkpoint_root}")
     linear = Ngrams.train([whole[i] for i in training], labels[training], len(names), settings.ngrams) if settings.ngrams else None
-    decay = 0.0 if settings.frozen else settings.weight_decay  # it would pull on the embeddings that are to stay; their gradients are 0
+    decay = 0.0 if settings.frozen else settings.weight_decay
     optimizers = make_optimizers(classifier, dataclasses.replace(settings, weight_decay=decay), runtime.dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=runtime.dtype == torch.float16)
     distributed = rt.distribute(runtime, classifier)
@@ -180,7 +197,7 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
             factor = learning_rate(step, schedule_share(settings, step, share), settings)
             set_learning_rate(optimizers, factor)
 
-            # The pieces of a batch, and their random numbers, are the same whatever the number of processes.
+            # The pieces of a batch, and their random numbers, are the same for one process and for two.
             mine = list(enumerate(np.array_split(batch, pieces)))[runtime.rank::runtime.world]
             for number, piece in mine:
                 rt.seed_step(seed, step, number)
@@ -334,7 +351,8 @@ def tensors(rows, labels, members, width, device):
 
 
 def count_pieces(settings, runtime):
-    """Into how many pieces a batch is cut: at least two, so that two processes compute what one does; auto is just that."""
+    """Into how many pieces a batch is cut: at least two, so that two processes compute what one does; auto is just that.
+    More processes need more pieces, whose random numbers are others."""
     rows = settings.train_batch if settings.micro_batch == "auto" else settings.micro_batch
     return -(-max(2, -(-settings.train_batch // rows)) // runtime.world) * runtime.world
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import errno
 import math
 import os
 import sys
@@ -31,7 +32,7 @@ class Common:
     seed: int = key(1337, "seed of weights, data order, dropout and sampling", low=0, high=2**32 - 1)
     data_path: str | None = key(None, "corpus: .txt (an utterance a line, an empty line between dialogues) or .jsonl")
     checkpoint_root: str = key("checkpoints", "folder that checkpoints are written to")
-    resume_from: str | None = key(None, "checkpoint to start from; auto: the newest in checkpoint_root, if there is one")
+    resume_from: str | None = key(None, "checkpoint to start from; auto: the newest in checkpoint_root (chat: the best), if there is one")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Training(Common):
     train_percent: float = key(0.98, "share of the dialogues (reviews) that is trained on", low=0, high=1)
     train_batch: int = key(16, "rows in a step, over all processes and accumulation", low=1)
     test_batch: int = key(16, "rows at once in an evaluation", low=1)
-    micro_batch: int | str = key("auto", "rows that a process holds at once; the rest by gradient accumulation")
+    micro_batch: int | str = key("auto", "rows that a process holds at once, the rest by gradient accumulation; auto: what fits on a GPU "
+                                 "(train.py), half of the batch (sentimentalTrain.py)")
     checkpointing: bool = key(False, "recompute activations in the backward pass: less memory, a third more time")
     max_epoch: int = key(1919810, "stop after so many passes over the data", low=1)
     max_steps: int | None = key(None, "stop after so many steps; the schedule ends there too", low=1)
@@ -217,6 +219,8 @@ def _check_pairs(settings):
         raise UserError(f"n_head={settings.n_head} is not a multiple of n_kv_head={settings.n_kv_head}")
     if has("min_lr") and settings.min_lr > settings.lr:
         raise UserError(f"min_lr={settings.min_lr} is above lr={settings.lr}")
+    if has("folds") and has("split_path"):
+        raise UserError(f"folds={settings.folds} and split_path={settings.split_path} both say what is tested; leave one out")
     if has("micro_batch") and settings.micro_batch != "auto" and not (isinstance(settings.micro_batch, int) and settings.micro_batch > 0):
         raise UserError(f"micro_batch={settings.micro_batch} must be auto or a number of rows, at least 1")
     if has("train_percent") and not settings.train_percent > 0:
@@ -264,3 +268,8 @@ def main(function):
     except BrokenPipeError:  # `… | head`: the reader has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr)
+        raise SystemExit(2)

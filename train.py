@@ -58,7 +58,7 @@ def train(settings, runtime, dry_run, begin):
             progress["store"] = identity
         elif saved["progress"].get("store") != identity:  # a classifier's has none
             runtime.say(f"{settings.data_path} is not what {path} was trained on: a new run with its weights, from step 0")
-            progress = anew
+            progress, saved["optimizer"] = anew, None
     epoch = data.Epoch(documents, settings.block_size, settings.seed, progress["epoch"])
     if settings.train_batch % runtime.world:
         more = -(-settings.train_batch // runtime.world) * runtime.world
@@ -66,6 +66,8 @@ def train(settings, runtime, dry_run, begin):
         raise UserError(f"train_batch={settings.train_batch} cannot be split over {runtime.world} processes; use {less}{more}")
     rows = settings.train_batch // runtime.world  # of this process in a step
     describe(settings, runtime, model, epoch, held_out)
+    if settings.patience and not len(held_out.ids):
+        runtime.say(f"patience={settings.patience} is not used: nothing is held out")
     if dry_run:
         return
     if runtime.main:
@@ -97,7 +99,7 @@ def train(settings, runtime, dry_run, begin):
 
     stopping = rt.StopSignal(runtime.processes)
     writer = rt.tensorboard(runtime, settings.tensorboard_path)
-    peak, _ = rt.peak_flops(runtime)
+    peak = rt.peak_flops(runtime)
     samples = sample_prompts(held_out, tokenizer, settings.block_size)
     refused = 0
     earlier = progress["minutes"]
@@ -190,14 +192,15 @@ def train(settings, runtime, dry_run, begin):
         if progress["step"] % 10 == 0 or step < 10:
             (loss,) = rt.add_up(runtime, total.item())
             loss /= count
-            mean_loss = loss if mean_loss is None else 0.9 * mean_loss + 0.1 * loss
+            if math.isfinite(loss):
+                mean_loss = loss if mean_loss is None else 0.9 * mean_loss + 0.1 * loss
             now = time.perf_counter()
             speed, tick, tick_tokens = tick_tokens / (now - tick), now, 0
             mfu = speed * model.flops_per_token() / (peak * runtime.world)
             for name, value in (("loss/train", loss), ("learning_rate", settings.lr * factor), ("gradient_norm", norm.item()),
                                 ("tokens_per_second", speed), ("MFU", mfu), ("filling", epoch.filling), ("epoch", progress["epoch"])):
                 writer.add_scalar(name, value, progress["step"])
-            bar.set_postfix_str(f"loss {mean_loss:.3f}, lr {settings.lr * factor:.1e}, {speed:,.0f} tokens/s, MFU {mfu:.0%}, "
+            bar.set_postfix_str(f"loss {mean_loss or loss:.3f}, lr {settings.lr * factor:.1e}, {speed:,.0f} tokens/s, MFU {mfu:.0%}, "
                                 f"epoch {progress['epoch'] + progress['row'] / len(epoch):.2f}", refresh=False)
         share = share_done(settings, progress["step"], minutes, progress["epoch"] + progress["row"] / len(epoch))
         bar.total = max(progress["step"], round(progress["step"] / share)) if share > 1e-4 else None
@@ -243,12 +246,13 @@ def open_store(settings, runtime, path, saved):
 
 def make_model(settings, tokenizer, path, saved, runtime):
     """The model that the settings describe, or the checkpoint's with the settings' dropout."""
-    shape = {field.name: getattr(settings, field.name) for field in dataclasses.fields(GPTConfig) if field.name != "vocab_size"}
-    config = GPTConfig(vocab_size=tokenizer.size, **shape)
+    config = GPTConfig.of(settings, tokenizer.size)
     if saved is None:
         return GPT(config)
     saved["config"]["dropout"] = settings.dropout
     model, _ = checkpoint.unpack(saved, path)
+    if settings.tokenizer in ("char", "bpe") and settings.tokenizer != (kind := tokenizer.state()["kind"]):
+        runtime.say(f"tokenizer={kind}, as in {path}, not {settings.tokenizer}")
     for field in dataclasses.fields(GPTConfig):
         wanted, has = getattr(config, field.name), getattr(model.config, field.name)
         if wanted != has:

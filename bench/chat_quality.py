@@ -8,13 +8,10 @@ given), and as the original samples: temperature 0.5 and nothing else. A JSON li
 import argparse
 import collections
 import dataclasses
-import json
-import os
-import sys
 
+import common  # first: it makes the folder above importable
 import torch
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import chat
 import checkpoint
 import data
@@ -52,14 +49,12 @@ def main():
               f"{row['length']:>8.1f}{row['chrF']:>7.2f}", flush=True)
         if settings is not None:
             keys = {key: getattr(settings, key) for key in chat.ADJUSTABLE}
-            with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "results.jsonl"), "a", encoding="utf-8") as file:
-                said = dict(bench="chat_quality", way=name, dialogues=len(prompts), seeds=seeds, **row, settings=keys)
-                file.write(json.dumps(said) + "\n")
+            common.record(common.RESULTS, "chat_quality", way=name, dialogues=len(prompts), seeds=seeds, **row, settings=keys)
 
 
 def held_out(trained, tokenizer, room, count):
     """(ids of the utterances but the last, the last one's text) of held-out dialogues that fit."""
-    documents = data.Documents(data.prepare(trained, tokenizer if trained.tokenizer != "char" else None), "val")
+    documents = data.Documents(data.prepare(trained, tokenizer), "val")
     prompts, truths = [], []
     for begin, end in zip(documents.offsets[:-1], documents.offsets[1:]):
         ids = documents.ids[begin:end - 1].tolist()  # without <pad>
@@ -93,12 +88,12 @@ def reply(model, tokenizer, prompts, settings, rows):
 
 def figures(replies, truths):
     """The table's numbers for replies (strings)."""
-    common = collections.Counter(replies).most_common(10)
+    commonest = collections.Counter(replies).most_common(10)
     grams = lambda text, n: [text[i:i + n] for i in range(len(text) - n + 1)]
     distinct = lambda n: len({g for text in replies for g in grams(text, n)}) / max(1, sum(len(grams(text, n)) for text in replies))
     repeated = sum(len(set(grams(text, 4))) < len(grams(text, 4)) for text in replies) / len(replies)
     return dict(distinct1=distinct(1), distinct2=distinct(2), repeated4=repeated, length=sum(map(len, replies)) / len(replies),
-                ten_commonest=sum(count for _, count in common) / len(replies), chrF=chrf(replies, truths))
+                ten_commonest=sum(count for _, count in commonest) / len(replies), chrF=chrf(replies, truths))
 
 
 def chrf(replies, truths, longest=6, beta=2.0):

@@ -22,6 +22,7 @@ from settings import TrainSettings  # noqa: E402
 from tokenizer import PAD  # noqa: E402
 
 CONFIG = os.path.join(ROOT, "config/cpu.yaml")
+RESULTS = os.path.join(ROOT, "bench/results.jsonl")
 SMOKE = dict(data_path="data/sample_dialogues.txt", train_percent=0.9, n_layer=1, n_head=2, n_embd=32, block_size=64, train_batch=4,
              compile=False, device="cpu", tensorboard_path=None, max_minutes=None)
 
@@ -32,7 +33,7 @@ def parser(description):
     arguments.add_argument("config", nargs="?", default=CONFIG, help="shape, data and recipe of ours")
     arguments.add_argument("override", nargs="*", help="key=value")
     arguments.add_argument("--smoke", action="store_true", help="seconds instead of minutes, to show that the script works")
-    arguments.add_argument("--results", default=os.path.join(ROOT, "bench/results.jsonl"), help="file that lines are appended to")
+    arguments.add_argument("--results", default=RESULTS, help="file that lines are appended to")
     return arguments
 
 
@@ -85,21 +86,6 @@ def alternate(trials, rounds):
 def synchronize(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def matmul_rate(device, dtype, size=None, seconds=0.5):
-    """FLOP/s of the matrix product of two (size, size) matrices, the best of the products that fit into `seconds`."""
-    size = size or (2048 if device.type == "cpu" else 8192)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    a @ b  # the first is slower
-    best, end = float("inf"), time.perf_counter() + seconds
-    while best == float("inf") or time.perf_counter() < end:
-        synchronize(device)
-        begin = time.perf_counter()
-        a @ b
-        synchronize(device)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size ** 3 / best
 
 
 def pieces_by_length(documents, block_size):
@@ -215,13 +201,10 @@ def open_store(settings):
 
 def ours(settings, documents, vocab_size, runtime):
     """The project's own step as train.py takes it: packed rows, its loss, its optimizers."""
-    import dataclasses
-
     from model import GPT, GPTConfig
     from optim import make_optimizers
     torch.manual_seed(settings.seed)
-    shape = {f.name: getattr(settings, f.name) for f in dataclasses.fields(GPTConfig) if f.name != "vocab_size"}
-    model = GPT(GPTConfig(vocab_size=vocab_size, **shape)).to(runtime.device).train()
+    model = GPT(GPTConfig.of(settings, vocab_size)).to(runtime.device).train()
     model.checkpointing = settings.checkpointing
     if settings.compile:
         model.compile_parts()

@@ -6,15 +6,12 @@ noisy machine is noisy for all alike; the table shows medians. A JSON line for e
 """
 
 import argparse
-import json
-import os
 import statistics
-import sys
 import time
 
+import common  # first: it makes the folder above importable
 import torch
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 from model import GPT, GPTConfig, KVCache, Sampling, generate
 from quantize import quantize
 
@@ -39,7 +36,7 @@ def main():
     ways = {way: prepare(way, options) for way in options.ways}
     missing = [way for way, run in ways.items() if run is None]
     ways = {way: run for way, run in ways.items() if run}
-    print(f"{options.shape} {options.arch} on {machine(options.device)}, torch {torch.__version__}; "
+    print(f"{options.shape} {options.arch} on {', torch '.join(common.machine().values())}; "
           f"not measured: {', '.join(missing) or 'nothing'}")
     print(f"{'way':<14}{'batch':>6}{'context':>8}{'tokens/s':>10}{'times original':>16}{'GB/s':>8}{'of bandwidth':>14}")
     for batch in options.batch:
@@ -64,11 +61,9 @@ def measure(ways, batch, context, options):
         times = statistics.median(a / b for a, b in zip(speeds[way], speeds["original"])) if "original" in ways else None
         reads = speed / batch * size
         print(f"{way:<14}{batch:>6}{context:>8}{speed:>10.1f}{times or 0:>16.1f}{reads / 1e9:>8.1f}{reads / bandwidth:>14.0%}", flush=True)
-        row = dict(bench="decode", shape=options.shape, arch=options.arch, device=options.device, way=way, batch=batch, context=context,
-                   tokens_per_second=round(speed, 2), times_original=times and round(times, 2), weight_bytes=size,
-                   memory_bandwidth=round(bandwidth), threads=torch.get_num_threads(), torch=torch.__version__)
-        with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "results.jsonl"), "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        common.record(common.RESULTS, "decode", shape=options.shape, arch=options.arch, device=options.device, way=way, batch=batch,
+                      context=context, tokens_per_second=round(speed, 2), times_original=times and round(times, 2), weight_bytes=size,
+                      memory_bandwidth=round(bandwidth))
 
 
 def prepare(way, options):
@@ -96,13 +91,13 @@ def prepare(way, options):
 @torch.inference_mode()
 def original_way(model, ids, tokens):
     """Every token computes the whole context anew."""
-    synchronise(ids)
+    common.synchronize(ids.device)
     begin = time.perf_counter()
     for _ in range(tokens):
         logits = model.logits(model.hidden(ids)[:, -1])
         chosen = torch.multinomial((logits / 0.5).softmax(dim=-1), 1)
         ids = torch.cat([ids[:, 1:], chosen], dim=1)
-    synchronise(ids)
+    common.synchronize(ids.device)
     return time.perf_counter() - begin
 
 
@@ -111,11 +106,11 @@ def cached(model, ids, tokens):
     cache = KVCache(model.config, len(ids), model.config.block_size, ids.device, model.embedding.weight.dtype)
     stream = generate(model, ids.tolist(), Sampling(max_new_tokens=tokens + 1, **SAMPLING), cache=cache)
     next(stream)
-    synchronise(ids)
+    common.synchronize(ids.device)
     begin = time.perf_counter()
     for _ in stream:
         pass
-    synchronise(ids)
+    common.synchronize(ids.device)
     return time.perf_counter() - begin
 
 
@@ -133,34 +128,25 @@ def prepare_transformers(shape, block_size, options):
         keys = dict(do_sample=True, temperature=0.8, top_p=0.9, top_k=0, pad_token_id=0, eos_token_id=None)
         seconds = []
         for count in (1, tokens + 1):  # the difference is `tokens` tokens without the prompt
-            synchronise(ids)
+            common.synchronize(ids.device)
             begin = time.perf_counter()
             model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, **keys)
-            synchronise(ids)
+            common.synchronize(ids.device)
             seconds.append(time.perf_counter() - begin)
         return seconds[1] - seconds[0]
     return run, sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-def synchronise(ids):
-    if ids.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def memory_bandwidth(device):
     """Bytes/s of reading 512 MB, as often as a decoding takes long: the median, as for the decoding itself."""
     data, speeds = torch.ones(1 << 27, device=device), []
     for _ in range(10):
-        synchronise(data)
+        common.synchronize(data.device)
         begin = time.perf_counter()
         data.sum()
-        synchronise(data)
+        common.synchronize(data.device)
         speeds.append(data.numel() * 4 / (time.perf_counter() - begin))
     return statistics.median(speeds)
-
-
-def machine(device):
-    return torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
 
 
 if __name__ == "__main__":

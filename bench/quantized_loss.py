@@ -5,14 +5,11 @@ A JSON line for each precision goes to bench/results.jsonl.
 
 import argparse
 import copy
-import json
-import os
-import sys
 
+import common  # first: it makes the folder above importable
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import checkpoint
 import data
 import settings as settings_module
@@ -29,7 +26,7 @@ def main():
     options = parser.parse_intermixed_args()
     model, tokenizer, meta = checkpoint.load_model(options.checkpoint)
     trained = settings_module.build(TrainSettings, meta["settings"] | settings_module.overrides(options.override))
-    store = data.prepare(trained, tokenizer if trained.tokenizer != "char" else None)
+    store = data.prepare(trained, tokenizer)
     rows = data.Epoch(data.Documents(store, "val"), model.config.block_size, 0, 0)
     first = None
     for kind in ("float32", "bfloat16", "int8", "int4"):
@@ -44,9 +41,7 @@ def main():
             count += (targets != data.IGNORE).sum().item()
         first = first or nats / count
         print(f"{kind:<10} {nats / count:.4f} nats a token, {nats / count / first - 1:+.2%}", flush=True)
-        row = dict(bench="quantized_loss", weights=kind, loss=nats / count, tokens=count, width=model.config.n_embd)
-        with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "results.jsonl"), "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        common.record(common.RESULTS, "quantized_loss", weights=kind, loss=nats / count, tokens=count, width=model.config.n_embd)
 
 
 if __name__ == "__main__":

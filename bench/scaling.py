@@ -5,8 +5,6 @@ python bench/scaling.py model [CONFIG …]
 """
 
 import argparse
-import contextlib
-import dataclasses
 import os
 import subprocess
 import sys
@@ -14,7 +12,6 @@ import time
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import runtime as rt
@@ -55,25 +52,19 @@ def main():
             measure(settings, rt.start(settings, processes), options.steps)
 
 
-def make_model(settings, vocabulary=VOCABULARY):
-    shape = {field.name: getattr(settings, field.name) for field in dataclasses.fields(GPTConfig) if field.name != "vocab_size"}
-    return GPT(GPTConfig(vocab_size=vocabulary, **shape))
-
-
 def measure(settings, runtime, steps):
     """Prints a row: steps on random rows, the same without all-reduce, and the all-reduce of as many bytes alone."""
     torch.manual_seed(0)
-    model = make_model(settings).to(runtime.device).train()
+    model = GPT(GPTConfig.of(settings, VOCABULARY)).to(runtime.device).train()
     optimizers = make_optimizers(model, settings, runtime.dtype)
     if settings.compile:
         model.compile_parts()
-    ids = [runtime.device.index] if runtime.device.type == "cuda" else None
-    distributed = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    distributed = rt.distribute(runtime, model)
     rows = settings.train_batch // runtime.world
     batch = torch.randint(3, VOCABULARY, (2, rows, settings.block_size), device=runtime.device)
 
     def step(synchronise):
-        with contextlib.nullcontext() if synchronise else distributed.no_sync():
+        with rt.exchange(distributed, synchronise):
             with runtime.autocast():
                 loss = distributed(batch[0], batch[1], torch.zeros_like(batch[0]))
             (loss / batch[0].numel()).backward()
@@ -122,7 +113,7 @@ def update_seconds(model, settings):
 def predict(config, settings):
     """Prints what 2, 8 and 16 GPUs give with the configured batch, and how many rows each needs to spend nine tenths on them."""
     with torch.device("meta"):
-        model = make_model(settings)
+        model = GPT(GPTConfig.of(settings, VOCABULARY))
     gradient_bytes = 4 * model.count_parameters()
     second_per_row = settings.block_size * model.flops_per_token() / (GPU * MFU)
     update = update_seconds(model, settings)

@@ -72,7 +72,7 @@ def main(arguments=None):
     if runtime.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     trials = {name: lambda contender=contender: contender.train(options.seconds) for name, contender in racing.items()}
-    trials["matmul"] = lambda: common.matmul_rate(runtime.device, runtime.dtype, 256 if options.smoke else None)
+    trials["matmul"] = lambda: rt.matmul_rate(runtime.device, runtime.dtype, 256 if options.smoke else None, seconds=0.5)
     found = common.alternate(trials, options.rounds)
     rate = statistics.median(found.pop("matmul"))
     first, rows = statistics.median(found[names[0]]), []

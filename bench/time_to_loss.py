@@ -79,7 +79,8 @@ def go_on(path, identity, other):
     if not path or not os.path.exists(path):
         return []
     saved = torch.load(path, map_location=other.runtime.device, weights_only=True)
-    differ = [f"{name}={saved['identity'].get(name)}" for name in identity if saved["identity"].get(name) != identity[name]]
+    theirs = saved.get("identity", {})
+    differ = [f"{name}={theirs.get(name)}" for name in identity if theirs.get(name) != identity[name]]
     if differ:
         raise UserError(f"{path} is another run's ({', '.join(differ)}); name another --state, or remove it")
     other.load(saved["baseline"])

@@ -312,6 +312,7 @@ def test_a_pipe_answers_each_line_before_the_next_one_comes(path):
 
 @pytest.mark.parametrize("arguments, words", [
     (["config/demoChat.yaml", "resume_from=checkpoints/cpu/none.pth"], ["checkpoints/cpu/none.pth", "python train.py config/cpu.yaml"]),
+    (["checkpoints/demoSentimental/none.pth"], ["python sentimentalTrain.py config/demoSentimental.yaml"]),
     (["config/chat300M.yaml", "resume_from=nowhere/pretrained/x.pth"], ["nowhere/pretrained/x.pth", "python data.py download pretrained"]),
     (["config/chat90M.yaml", "resume_from="], ["resume_from is empty"]),
     (["chat.py"], ["chat.py is refused"]),

@@ -117,6 +117,19 @@ def test_auto_falls_back_from_a_damaged_newest_file_with_a_warning(tmp_path, cap
     assert checkpoint.newest(str(tmp_path / "none")) == (None, None)
 
 
+def test_auto_renames_nothing_that_may_be_whole_and_does_not_begin_anew_by_itself(tmp_path):
+    checkpoint.save(str(tmp_path), 1, make_content(1))
+    (tmp_path / "cpt2.pth").mkdir()  # cannot be read, as by a disk that does not answer
+    with pytest.raises(UserError, match="cpt2.pth cannot be read"):
+        checkpoint.newest(str(tmp_path))
+    (tmp_path / "cpt2.pth").rmdir()
+    for name in ("cpt1.pth", "cpt2.pth"):
+        (tmp_path / name).write_bytes(b"half")
+    with pytest.raises(UserError, match="no checkpoint in .* is whole"):
+        checkpoint.newest(str(tmp_path))
+    assert [step for step, _ in checkpoint.numbered(str(tmp_path))] == [2, 1]
+
+
 @pytest.mark.parametrize("keep", [0, 1, 2, 5])
 def test_so_many_are_kept_beside_the_best_and_the_last(tmp_path, keep):
     folder = str(tmp_path)

@@ -303,6 +303,19 @@ def test_a_run_stopped_between_folds_and_configurations_keeps_the_figures_of_wha
     assert "two (2 of 3 runs)" in table and "three" not in table
 
 
+def test_an_error_in_a_later_run_keeps_the_figures_of_what_ended(config, tmp_path, monkeypatch):
+    for name in ("one", "two", "three"):
+        (tmp_path / f"{name}.yaml").write_text(open(config).read().replace("/out", f"/{name}"))
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "seed8").write_text("in the way")
+    paths = [str(tmp_path / f"{name}.yaml") for name in ("one", "two", "three")]
+    with pytest.raises(UserError, match="cannot be written"):
+        run(monkeypatch, *paths, "seeds=[7,8,9]", "max_epoch=1", "--table", str(tmp_path / "t"))
+    assert len(metrics(tmp_path / "one")["runs"]) == 3 and len(metrics(tmp_path / "two")["runs"]) == 1
+    assert (tmp_path / "two" / "best.pth").exists() and not (tmp_path / "three").exists()
+    assert "| one " in (tmp_path / "t.md").read_text()
+
+
 def test_figures_of_an_earlier_run_go_aside_with_its_checkpoints(config, tmp_path, monkeypatch):
     for seed in (1, 2):
         run(monkeypatch, config, "max_epoch=1", f"seed={seed}")
@@ -369,7 +382,7 @@ def test_several_configurations_end_in_one_table_and_a_picture(config, tmp_path,
 
 
 def test_without_a_validation_part_all_the_rest_is_trained_on_and_the_last_epoch_is_taken(config, tmp_path, monkeypatch):
-    run(monkeypatch, config, "val_percent=0", "max_epoch=3", "ngrams=2")
+    run(monkeypatch, config, "val_percent=0", "max_epoch=3", "ngrams=2", "patience=1")
     told = metrics(tmp_path / "out")["runs"][0]
     assert told["validation"] is None and told["epoch"] == 3 and told["test"]["reviews"] == 18
     assert checkpoint.read(str(tmp_path / "out" / "best.pth"))["progress"]["epoch"] == 3

@@ -130,11 +130,19 @@ def test_help_tells_of_every_key_with_meaning_and_default(script):
         assert all(choice in line for choice in field.metadata["choices"] or ())
 
 
-@pytest.mark.parametrize("body", ["raise settings.UserError('value=1 is wrong; use 2')", "print(1/0)"])
+@pytest.mark.parametrize("body", [
+    "raise settings.UserError('value=1 is wrong; use 2')", "print(1/0)", "print(open('/dev/full', 'w').write('x' * 10**6))"])
 def test_an_error_of_the_user_is_one_line_and_status_2_and_a_bug_keeps_its_traceback(body):
     program = f"import settings\ndef f():\n    {body}\nsettings.main(f)"
     done = subprocess.run([sys.executable, "-c", program], cwd=settings.__file__.rpartition("/")[0], capture_output=True, text=True)
     if "UserError" in body:
         assert (done.returncode, done.stderr) == (2, "error: value=1 is wrong; use 2\n")
+    elif "full" in body:
+        assert done.returncode == 2 and done.stderr == "error: a file cannot be written: No space left on device\n"
     else:
         assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_folds_and_given_test_sets_exclude_each_other():
+    with pytest.raises(UserError, match="folds=3 and split_path=a.json"):
+        build(SentimentSettings, dict(folds=3, split_path="a.json"))

@@ -217,6 +217,9 @@ def test_going_on_with_another_corpus_is_a_new_run_with_the_old_weights(trained,
     assert status == 0 and "is not what" in output and "finished after 2 steps" in output
     assert "an earlier run's checkpoints are now in" in output and steps_of(folder) == [2]
     assert 0 < runs.largest_difference(before, runs.checkpoint(folder)) < 1e-5
+    status, output, _ = trained(max_steps=3, optimizer="adamw", resume_from=str(folder / "cpt2.pth"))  # and with a new optimizer
+    state = runs.checkpoint(folder)["optimizer"][0]["state"]
+    assert status == 0 and "is not what" in output and {int(one["step"]) for one in state.values()} == {3}
 
 
 def test_going_on_keeps_the_dialogues_that_are_held_out(trained):
@@ -242,6 +245,21 @@ def test_a_full_disk_ends_in_one_line_and_leaves_what_was_saved(tmp_path):
     assert not [*tmp_path.glob("checkpoints/.saving-*"), *tmp_path.glob(".cache/.making-*")]
 
 
+def test_a_full_disk_of_tensorboard_costs_its_log_and_not_the_run(tmp_path):
+    script = tmp_path / "limited.py"
+    script.write_text("import resource, time, torch, runtime as rt\n"
+                      "runtime = rt.Runtime(torch.device('cpu'), torch.float32, rt.Processes())\n"
+                      f"log = rt.tensorboard(runtime, {str(tmp_path / 'log')!r})\n"
+                      "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+                      "for step in range(300):\n"
+                      "    log.add_scalar('loss', 1.0, step)\n"
+                      "    log.flush()\n"
+                      "log.close()\n"
+                      "print('went on')\n")
+    status, output = runs.finish(runs.start(script=str(script)))
+    assert status == 0 and output.count("log ends here: File too large") == 1 and "went on" in output, output
+
+
 def test_a_folder_for_checkpoints_that_cannot_be_written_ends_before_the_first_step(trained, tmp_path):
     (tmp_path / "file").write_text("")
     status, output, _ = trained(checkpoint_root=str(tmp_path / "file" / "folder"))
@@ -259,8 +277,9 @@ def test_a_configuration_for_several_processes_says_that_it_trains_on_one(traine
 
 
 def test_with_nothing_held_out_the_newest_checkpoint_is_the_best(trained):
-    status, output, folder = trained(train_percent=1, max_steps=4, eval_freq=2)
-    assert status == 0 and "0 dialogues held out" in output and "nothing is held out" in output and "inf" not in output.split("work ")[1]
+    status, output, folder = trained(train_percent=1, max_steps=4, eval_freq=2, patience=1)
+    assert status == 0 and "0 dialogues held out" in output and "patience=1 is not used: nothing is held out" in output
+    assert "inf" not in output.split("work ")[1]
     assert runs.checkpoint(folder, "best.pth")["progress"]["step"] == 4
 
 
