@@ -187,7 +187,7 @@ def unpack(content, path):
             model = GPT(GPTConfig(**content["config"]))
         model.load_state_dict(content["model"], assign=True)
         tokenizer = tokenizer_module.from_state(content["tokenizer"])
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is damaged or was changed: {str(error).splitlines()[0]}")
     if model.config.tied:
         model.head.weight = model.embedding.weight

@@ -12,8 +12,8 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import time
+import uuid
 
 import numpy as np
 from tqdm import tqdm
@@ -48,7 +48,7 @@ def read_groups(path, bar=None):
     """
     with corpus_errors(path), open(path, "rb") as file:
         done = 0
-        for group in (_read_jsonl if path.endswith((".jsonl", ".json")) else _read_text)(file, path):
+        for group in (_read_jsonl if path.lower().endswith((".jsonl", ".json")) else _read_text)(file, path):
             yield group
             if bar is not None:
                 bar.update(-done + (done := file.tell()))
@@ -69,13 +69,13 @@ def corpus_errors(path):
         raise UserError(f"data_path={path} cannot be read: {error.strerror}")
 
 
-def _read_text(file, path):
+def _read_text(file, _):
     """Blank lines are found in arrays, not line by line: a line costs as much as a hundred characters in an array."""
     tail, rest, size, block = file.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8), code_points(""), BLOCK, b" "
     while block:
         block = file.read(size)
         raw = tail + block
-        whole = raw.rfind(b"\n") + 1 if block else len(raw)  # lines
+        whole = max(raw.rfind(b"\n"), raw.rfind(b"\r", 0, -1)) + 1 if block else len(raw)  # lines; a last \r may be half an end
         text, tail = _decode(raw[:whole], file.tell() - len(raw)), raw[whole:]
         if "\r" in text:
             text = text.replace("\r\n", "\n").replace("\r", "\n")
@@ -104,7 +104,7 @@ def _read_jsonl(file, path):
             turns = entry["messages"] if "messages" in entry else entry["conversations"]
             pairs = [(turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) for turn in turns]
             utterances = [" ".join(text.splitlines()).strip() for role, text in pairs if role != "system"]
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f'{path}, line {number}: expected {{"messages": [{{"role": …, "content": …}}, …]}} '
                             'or {"conversations": [{"from": …, "value": …}, …]}')
         utterances = [text.encode("utf-8", "replace").decode() for text in utterances if text]  # half a surrogate pair is no character
@@ -155,37 +155,35 @@ def prepare(settings, tokenizer=None):
         raise UserError("data_path is not set; name a corpus, for example data_path=data/sample_dialogues.txt")
     if tokenizer is None and settings.tokenizer.endswith(".pth"):
         import checkpoint  # here: it needs torch, which takes seconds
-        tokenizer = tokenizer_module.from_state(checkpoint.read(settings.tokenizer, path)["tokenizer"])
+        _, tokenizer = checkpoint.unpack(checkpoint.read(settings.tokenizer, path), settings.tokenizer)
     elif tokenizer is None and settings.tokenizer not in ("char", "bpe"):
         tokenizer = tokenizer_module.load(settings.tokenizer)
     corpus = dict(format=STORE_FORMAT, corpus=file_sha256(path), train_percent=settings.train_percent, seed=settings.seed)
     trained = corpus | dict(tokenizer=settings.tokenizer, vocab_size=settings.vocab_size, min_freq=settings.min_freq)
     cache = os.path.join(os.path.dirname(path) or ".", ".cache")
-    name = os.path.splitext(os.path.basename(path))[0]
+    name = os.path.splitext(os.path.basename(path))[0][:50]
     folder = os.path.join(cache, f"{name}-{_digest(trained)}")
-    if tokenizer is not None and not (os.path.exists(os.path.join(folder, "manifest.json")) and
-                                      identity(folder) == _identity(corpus, tokenizer)):  # a checkpoint's is usually the trained one
-        folder = os.path.join(cache, f"{name}-{_identity(corpus, tokenizer)}")
-    if os.path.exists(os.path.join(folder, "manifest.json")):
+    if tokenizer is not None and (manifest(folder) or {}).get("identity") != _identity(corpus, tokenizer):
+        folder = os.path.join(cache, f"{name}-{_identity(corpus, tokenizer)}")  # seldom: a checkpoint's is usually the trained one
+    if manifest(folder):
         return folder
     try:
         os.makedirs(cache, exist_ok=True)
         for left in glob.glob(os.path.join(glob.escape(cache), ".making-*")):  # by a process that was killed
-            if time.time() - max(os.path.getmtime(path) for path in [left, *glob.glob(glob.escape(left) + "/*")]) > 3600:
-                shutil.rmtree(left, ignore_errors=True)
-        work = tempfile.mkdtemp(prefix=".making-", dir=cache)
+            with contextlib.suppress(FileNotFoundError):  # another process has just finished it
+                if time.time() - max(os.path.getmtime(path) for path in [left, *glob.glob(glob.escape(left) + "/*")]) > 3600:
+                    shutil.rmtree(left, ignore_errors=True)
+        os.mkdir(work := os.path.join(cache, f".making-{uuid.uuid4().hex}"))
     except OSError as error:
         raise UserError(f"{cache} cannot be written ({error.strerror}); the token store of {path} goes there")
     try:
-        try:
-            _write_store(work, path, settings, tokenizer, corpus)
-        except OSError as error:
-            raise UserError(f"the token store in {cache} cannot be written: {error.strerror or 'is the disk full?'}")
-        try:
-            os.rename(work, folder)  # atomic: a store is whole or not there
-        except OSError:  # another process was faster
-            if not os.path.exists(os.path.join(folder, "manifest.json")):
-                raise
+        _write_store(work, path, settings, tokenizer, corpus)
+        if os.path.isdir(folder) and not manifest(folder):  # some of it was deleted
+            shutil.rmtree(folder, ignore_errors=True)
+        os.rename(work, folder)  # atomic: a store is whole or not there
+    except OSError as error:
+        if not manifest(folder):  # else another process was faster
+            raise UserError(f"the token store {folder} cannot be written: {error.strerror or 'is the disk full?'}")
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return folder
@@ -199,10 +197,19 @@ def _identity(corpus, tokenizer):
     return _digest(corpus | dict(tokenizer=tokenizer.state()))
 
 
-def identity(folder):
-    """What a token store holds, as a short hash: stores with the same ids in the same split have the same."""
-    with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:
-        return json.load(file)["identity"]
+def manifest(folder):
+    """What a token store says of itself, a dict, or None where it is not there or not whole.
+
+    Its `identity` is a short hash of what it holds: stores with the same ids in the same split have the same.
+    """
+    try:
+        with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:
+            content = json.load(file)
+        size = lambda name: os.path.getsize(os.path.join(folder, name))
+        ids = all(size(f"{part}.bin") == count * np.dtype(content["dtype"]).itemsize for part, count in content["tokens"].items())
+        return content if ids and all(map(size, ("train_offsets.npy", "val_offsets.npy", "tokenizer.json"))) else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _write_store(folder, path, settings, tokenizer, corpus):
@@ -246,18 +253,16 @@ def _write_store(folder, path, settings, tokenizer, corpus):
         np.save(os.path.join(folder, f"{part}_offsets.npy"), offsets)
         tokens[part] = int(offsets[-1])
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
-    manifest = dict(corpus, identity=_identity(corpus, tokenizer), dialogues=count, tokens=tokens, dtype=np.dtype(tokenizer.dtype).name)
+    content = dict(corpus, identity=_identity(corpus, tokenizer), dialogues=count, tokens=tokens, dtype=np.dtype(tokenizer.dtype).name)
     with open(os.path.join(folder, "manifest.json"), "w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
+        json.dump(content, file, indent=1)
 
 
 class Documents:
     """The dialogues of one part ("train" or "val") of a token store, memory-mapped."""
 
     def __init__(self, folder, part):
-        with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:
-            dtype = json.load(file)["dtype"]
-        path = os.path.join(folder, f"{part}.bin")
+        path, dtype = os.path.join(folder, f"{part}.bin"), manifest(folder)["dtype"]
         self.ids = np.memmap(path, dtype=dtype, mode="r") if os.path.getsize(path) else np.zeros(0, dtype)
         self.offsets = np.load(os.path.join(folder, f"{part}_offsets.npy"))
 
@@ -374,10 +379,9 @@ def main():
     settings = settings_module.build(
         TrainSettings, settings_module.read_yaml(options.config) | settings_module.overrides(options.override))
     folder = prepare(settings)
-    with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:
-        manifest = json.load(file)
-    print(f"{folder}: {manifest['dialogues']} dialogues, {manifest['tokens']['train']} training tokens, "
-          f"{manifest['tokens']['val']} held out, vocabulary of {tokenizer_module.load(os.path.join(folder, 'tokenizer.json')).size}")
+    made = manifest(folder)
+    print(f"{folder}: {made['dialogues']} dialogues, {made['tokens']['train']} training tokens, "
+          f"{made['tokens']['val']} held out, vocabulary of {tokenizer_module.load(os.path.join(folder, 'tokenizer.json')).size}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ A file gets its name only when it is whole and right; what is there already is c
 
 import argparse
 import dataclasses
+import errno
 import glob
 import hashlib
 import http.client
@@ -20,6 +21,7 @@ import urllib.request
 
 from tqdm import tqdm
 
+import data
 from settings import UserError
 
 DRIVE = "https://drive.google.com/uc?id=1nEuew_KNpTMbyy7BO4c8bXMXN351RCPp"
@@ -70,6 +72,8 @@ def fetch_http(address, temporary, timeout):
             return
         raise Failed(f"the server answers {error.code} {error.reason}")
     except (OSError, ValueError, http.client.HTTPException) as error:
+        if getattr(error, "filename", None) or getattr(error, "errno", None) == errno.ENOSPC:  # of the file here, not of the network
+            raise UserError(f"{temporary} cannot be written: {error.strerror}")
         raise Failed(str(getattr(error, "reason", error)) or type(error).__name__)
 
 
@@ -123,14 +127,10 @@ def fetch_weights(address, temporary, timeout):
 
 def check_dialogues(path):
     """The published corpus has 500,001 dialogues."""
-    dialogues, empty = 0, True
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            for line in file:
-                dialogues += empty and not line.isspace()
-                empty = line.isspace()
-    except UnicodeDecodeError:
-        raise Wrong("is not UTF-8 text")
+        dialogues = sum(len(lengths) for _, lengths in data.read_groups(path))
+    except UserError as error:
+        raise Wrong(str(error).removeprefix(path).strip())
     if dialogues < 500_000:
         raise Wrong(f"holds {dialogues:,} dialogues and not the 500,001 of the published corpus")
 
@@ -158,7 +158,8 @@ def files(address=None):
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     weights = [File(f"checkpoints/pretrained/{name}.pth", f"{endpoint}/{REPOSITORY}/resolve/main/{name}.pth", fetch_weights,
                     check_weights(layers)) for name, layers in (("cpt90M", 12), ("cpt300M", 26))]
-    return dict(chat=[File("data/train.txt", address or DRIVE, fetch_drive, check_dialogues)],
+    fetch_chat = fetch_drive if "drive.google.com" in (address or DRIVE) else fetch_http
+    return dict(chat=[File("data/train.txt", address or DRIVE, fetch_chat, check_dialogues)],
                 sentiment=[File("data/ChnSentiCorp_htl_all.csv", address or REVIEWS, fetch_http, check_reviews)],
                 pretrained=weights)
 
@@ -170,6 +171,8 @@ def get(file, tries=5, timeout=30.0):
             if os.path.isdir(file.path):
                 raise Wrong("is a folder")
             file.check(file.path)
+        except OSError as error:
+            raise UserError(f"{file.path} is there already but cannot be read: {error.strerror}")
         except Wrong as error:
             raise UserError(f"{file.path} is there already but {error}; it is left alone: move it away to fetch the published one")
         print(f"{file.path} is there already, and right")

@@ -14,8 +14,8 @@ import torch
 import checkpoint
 import settings as settings_module
 from model import rms_norm
-from settings import UserError
-from tokenizer import PAD, SEP, SPECIALS, BPETokenizer
+from settings import ChatSettings, UserError
+from tokenizer import PAD, SEP, SPECIALS, UNK, BPETokenizer
 
 # An utterance a line, the line end is <sep>; what is to be answered is closed by one too.
 CHAT_TEMPLATE = ("{% for message in messages if message['role'] != 'system' %}"
@@ -40,7 +40,8 @@ def export(path, folder):
     tokenizer_of(tokenizer).save(os.path.join(folder, "tokenizer.json"))
     for name, content in (
             ("config", config),
-            ("generation_config", ends | dict(do_sample=True, temperature=0.65, top_p=0.92, suppress_tokens=[0])),
+            ("generation_config", ends | dict(
+                do_sample=True, temperature=ChatSettings.temperature, top_p=ChatSettings.top_p, suppress_tokens=[UNK])),
             ("tokenizer_config", dict(tokenizer_class="PreTrainedTokenizerFast", unk_token=SPECIALS[0], pad_token=SPECIALS[PAD],
                                       eos_token=SPECIALS[PAD], model_max_length=model.config.block_size, chat_template=CHAT_TEMPLATE))):
         with open(os.path.join(folder, name + ".json"), "w", encoding="utf-8") as file:

@@ -31,7 +31,7 @@ class BlockMuon(torch.optim.Muon):
                         self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
                 momentum = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
                 torch._foreach_lerp_(momentum, gradients, 1 - group["momentum"])
-                updates = torch._foreach_lerp(gradients, momentum, group["momentum"]) if group["nesterov"] else momentum
+                updates = torch._foreach_lerp(gradients, momentum, group["momentum"])
                 updates = torch.stack(updates).to(self.dtype)  # (N, A, B)
                 updates = updates.mT if side else updates
                 blocks = updates.reshape(-1, size, shape[1 - side])

@@ -50,7 +50,7 @@ def read_table(path):
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: {error}")
     if not rows:
-        raise UserError(f"{path} is empty; its first line should be label,review")
+        raise UserError(f"{path} is empty; its first line should name the columns, label,review say")
     return [name.strip().lower() for name in rows[0]], rows[1:]
 
 

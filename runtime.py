@@ -39,6 +39,10 @@ class Processes:
             ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
         self.torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         self.store, self.waits = None, 0
+        if self.world == 1:  # RANK alone is another program's
+            self.rank = self.local_rank = 0
+        elif "MASTER_ADDR" not in os.environ:
+            raise UserError(f"WORLD_SIZE={self.world} is set, but torchrun did not start this: unset it, or start with torchrun")
 
     def __enter__(self):
         if self.torchrun or self.world > 1:
@@ -207,7 +211,7 @@ def pick_device(name, local_rank=0, quiet=False):
     mps = torch.backends.mps.is_available()
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if kind not in ("cpu", "cuda", "mps") or (index and not index.isdigit()):
+    if kind not in ("cpu", "cuda", "mps") or (index and not (index.isdigit() and name.startswith("cuda:"))):
         raise UserError(f"device={name} is none of auto, cpu, cuda, cuda:N, mps")
     if kind == "cuda" and not torch.cuda.is_available() or kind == "mps" and not mps:
         say(f"device={name} is not there: using the CPU")
@@ -299,7 +303,7 @@ def peak_flops(runtime):
     if runtime.device.type == "cuda":
         name = torch.cuda.get_device_name(runtime.device)
         for part, peak in PEAKS.items():
-            if re.search(rf"{part}(?!\d)", name):
+            if re.search(rf"{part}\b", name):
                 return peak
     return matmul_rate(runtime.device, runtime.dtype)
 

@@ -65,7 +65,8 @@ def start(processes):
     runtime = rt.start(several[0], processes)
     if predicting:
         path = paths[0] if paths[0].endswith(".pth") else os.path.join(several[0].checkpoint_root, "best.pth")
-        texts = [options.predict_text] if options.predict_text is not None else data.read_unlabelled(options.predict)
+        given = (options.predict_text or "").encode("utf-8", "replace").decode()  # a shell may pass what is not UTF-8
+        texts = [given] if options.predict_text is not None else data.read_unlabelled(options.predict)
         return predict(path, texts, runtime)
     stopping = rt.StopSignal(processes)
     for settings in several:  # what can be wrong with the last shows before the first has taken hours

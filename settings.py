@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import glob
 import math
 import os
 import sys
@@ -79,8 +80,8 @@ class TrainSettings(Training):
     bias: bool = key(True, "gpt2: biases in Linear and LayerNorm (modern has none)")
     tied: bool | None = key(None, "output layer shares the token embedding; empty: gpt2 yes, modern no")
     tokenizer: str = key("char", "char, bpe, or the path of a tokenizer or checkpoint to take it from")
-    vocab_size: int | None = key(None, "largest vocabulary; empty: all characters (bpe: 8000)", low=4)
-    min_freq: int = key(1, "rarer characters become <unk>", low=1)
+    vocab_size: int | None = key(None, "largest vocabulary; empty: all characters (bpe: 8000)", low=4, high=2**31 - 1)
+    min_freq: int = key(1, "char: rarer characters become <unk>; bpe: rarer pairs (under 2 at least) are not joined", low=1, high=2**31 - 1)
     eval_freq: int = key(500, "steps between evaluations", low=1)
     eval_steps: int | None = key(None, "batches of test_batch in an evaluation; empty: all that is held out", low=1)
     save_freq: int = key(1000, "steps between checkpoints", low=1)
@@ -126,13 +127,9 @@ IGNORED = {"ddp", "local_rank", "world_size"}  # the original's: torchrun's envi
 KNOWN = IGNORED.union(*({f.name for f in dataclasses.fields(script)} for script in SCRIPTS))
 
 
-def _allowed_types(hint):
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-
-
 def _parse(name, value, field, hint):
     """`value` as the field's type; YAML and command lines give strings where numbers were meant."""
-    allowed = _allowed_types(hint)
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None or (isinstance(value, str) and value.strip().lower() in ("", "null", "none", "~")):
         if types.NoneType in allowed:
             return None
@@ -144,8 +141,9 @@ def _parse(name, value, field, hint):
             if kind is bool:
                 parsed = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[str(value).lower()]
             elif kind is int:
-                parsed = int(value) if isinstance(value, str) and value.lstrip("+-").isdigit() else int(float(value))
-                if isinstance(value, bool) or parsed != float(value):
+                whole = str(value).strip().lstrip("+-").isdigit()  # where a float would lose digits
+                parsed = int(value) if whole else int(float(value))
+                if isinstance(value, bool) or not whole and parsed != float(value):
                     continue
             elif kind is float:
                 parsed = float(value)
@@ -154,7 +152,7 @@ def _parse(name, value, field, hint):
             elif typing.get_origin(kind) is list:
                 item = typing.get_args(kind)[0]
                 parts = value if isinstance(value, list) else str(value).strip("[]").split(",")
-                parsed = [item(part) for part in parts if str(part).strip()]
+                parsed = [item(str(part)) for part in parts if str(part).strip()]
             else:
                 parsed = str(value)
         except (ValueError, KeyError, OverflowError, TypeError):
@@ -176,16 +174,15 @@ def read_yaml(path):
     """The mapping in a YAML file, or a UserError that says what is wrong with it."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            values = yaml.safe_load(file) or {}
+            values = yaml.safe_load(file)
     except FileNotFoundError:
-        folder = os.path.dirname(path) or "."
-        files = sorted(f for f in os.listdir(folder) if f.endswith((".yaml", ".yml"))) if os.path.isdir(folder) else []
-        raise UserError(f"{path} does not exist" + (f"; in {folder} there are {', '.join(files)}" if files else ""))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        files = sorted(map(os.path.basename, glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "*.y*ml"))))
+        raise UserError(f"{path} does not exist" + (f"; in {os.path.dirname(path) or '.'} there are {', '.join(files)}" if files else ""))
+    except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:  # not all that it raises is a YAMLError
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}")
-    if not isinstance(values, dict):
+    if not isinstance(values, (dict, types.NoneType)):
         raise UserError(f"{path} is not a list of `key: value` lines")
-    return values
+    return values or {}
 
 
 def build(script, values):

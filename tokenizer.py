@@ -170,11 +170,8 @@ class BPETokenizer(Tokenizer):
 
 def from_state(state):
     """The tokenizer whose `state()` this is."""
-    if state.get("kind") == "char":
-        return CharTokenizer(state["characters"])
-    if state.get("kind") == "bpe":
-        return BPETokenizer(state["tokenizer"])
-    raise UserError(f"unknown kind of tokenizer: {state.get('kind')!r}")
+    kind, content = {"char": (CharTokenizer, "characters"), "bpe": (BPETokenizer, "tokenizer")}[state["kind"]]
+    return kind(state[content])
 
 
 def load(path):
@@ -184,8 +181,8 @@ def load(path):
             return from_state(json.load(file))
     except OSError:
         raise UserError(f"tokenizer={path} is neither char, bpe nor a file that can be read")
-    except (ValueError, AttributeError, KeyError) as error:
-        raise UserError(f"tokenizer={path} is not a tokenizer that this program wrote ({error})")
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"tokenizer={path} is not a tokenizer that this program wrote ({error!r})")
 
 
 def train(kind, texts, vocab_size=None, min_freq=1):

@@ -47,7 +47,7 @@ def train(settings, runtime, dry_run, begin):
     path, saved = find_checkpoint(settings, runtime)
     settings = keep_split(settings, runtime, path, saved)
     store, tokenizer = open_store(settings, runtime, path, saved)
-    documents, held_out, identity = data.Documents(store, "train"), data.Documents(store, "val"), data.identity(store)
+    documents, held_out, identity = data.Documents(store, "train"), data.Documents(store, "val"), data.manifest(store)["identity"]
     torch.manual_seed(settings.seed)
     model = make_model(settings, tokenizer, path, saved, runtime)
     anew = dict(step=0, epoch=0, row=0, tokens=0, minutes=0.0, best=math.inf, worse=0, unscored=False, store=identity)
@@ -229,7 +229,7 @@ def keep_split(settings, runtime, path, saved):
         return settings
     split = {name: saved["settings"][name] for name in ("train_percent", "seed")}
     kept = dataclasses.replace(settings, **split)
-    if kept == settings or data.identity(open_store(kept, runtime, path, saved)[0]) != saved["progress"]["store"]:
+    if kept == settings or data.manifest(open_store(kept, runtime, path, saved)[0])["identity"] != saved["progress"]["store"]:
         return settings
     for name, value in split.items():
         if value != getattr(settings, name):

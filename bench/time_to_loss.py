@@ -164,7 +164,7 @@ def main(arguments=None):
     other = baseline(options, settings, training, tokenizer.size, runtime)
     recipe = dataclasses.asdict(settings)  # whatever file it comes from: files change
     theirs = dict(lr=options.lr, batch=options.batch, dropout=options.dropout)
-    identity = dict(recipe, store=data.identity(data.prepare(settings)), baseline=theirs, **common.machine())
+    identity = dict(recipe, store=data.manifest(data.prepare(settings))["identity"], baseline=theirs, **common.machine())
     if options.against == "transformers":
         identity["horizon"] = options.seconds  # its rate falls until then
     runs = go_on(options.state, identity, other)

@@ -1,7 +1,6 @@
 import itertools
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -124,7 +123,7 @@ def test_the_store_holds_the_corpus_split_by_dialogue_and_its_vocabulary_is_of_t
     path = tmp_path / "c.txt"
     write_corpus(path)
     with open(path, "a") as file:
-        file.write("\n\n" + "\n\n".join("龘" for _ in range(1)))
+        file.write("\n\n" + "龘")
     settings = make_settings(path, train_percent=0.9)
     store = data.prepare(settings)
     made = tokenizer.load(os.path.join(store, "tokenizer.json"))
@@ -170,7 +169,7 @@ def test_an_epoch_holds_every_token_exactly_once(dialogues, block_size, seed, nu
             assert (inputs[row][at][1:] == targets[row][at][:-1]).all()
             scored.append((inputs[row][at][0], *targets[row][at]))
     whole = sorted((*ids, PAD) for ids in dialogues if len(ids) <= block_size)
-    counted = sorted(piece for piece in scored)
+    counted = sorted(scored)
     for piece in whole:
         counted.remove(piece)  # a dialogue that fits stands in one row, whole
     for piece in counted:
@@ -236,10 +235,38 @@ def test_the_published_corpus_size_is_prepared_in_30_seconds_and_1_gb(tmp_path):
     assert seconds < 30 and megabytes < 1024, (seconds, megabytes)
 
 
-def test_reading_a_corpus_takes_no_memory_of_its_size(tmp_path):
-    with open(tmp_path / "c.txt", "w") as file:
+@pytest.mark.parametrize("end", ["\n", "\r"])
+def test_reading_a_corpus_takes_no_memory_of_its_size(tmp_path, end):
+    with open(tmp_path / "c.txt", "w", newline=end) as file:
         for _ in range(60_000):
             file.write("这是一句不长也不短的话，用来占地方。\n嗯，知道了。\n\n")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert sum(1 for _ in data.read_dialogues(str(tmp_path / "c.txt"))) == 60_000
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2048  # KiB; the file has 4,600
+    program = ("import resource, sys, data\n"  # a process of its own: what others took would hide what this one takes
+               "memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+               "before = memory()\n"
+               "print(sum(1 for _ in data.read_dialogues(sys.argv[1])), memory() - before)")
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "c.txt")], capture_output=True, text=True, check=True)
+    dialogues, kilobytes = map(int, done.stdout.split())
+    assert dialogues == 60_000 and kilobytes < 4096  # the file has 4,600, its code points 6,700
+
+
+@pytest.mark.parametrize("damage", ["manifest.json", "train.bin", "val_offsets.npy", "tokenizer.json"])
+@pytest.mark.parametrize("way", ["removed", "emptied"])
+def test_a_store_that_is_not_whole_is_made_again(tmp_path, damage, way):
+    (tmp_path / "c.txt").write_text("你好\n你好\n\n再见\n再见\n")
+    settings = make_settings(tmp_path / "c.txt", train_percent=0.5)
+    folder = data.prepare(settings)
+    whole = open(os.path.join(folder, damage), "rb").read()
+    (os.remove if way == "removed" else lambda path: open(path, "w").close())(os.path.join(folder, damage))
+    assert data.prepare(settings) == folder and open(os.path.join(folder, damage), "rb").read() == whole
+
+
+def test_stores_made_at_the_same_time_do_not_hinder_one_another(tmp_path):
+    (tmp_path / "c.txt").write_text("你好\n你好\n\n再见\n再见\n")
+    program = ("import sys, data\n"
+               "from settings import TrainSettings\n"
+               "for seed in range(60):\n"
+               "    data.prepare(TrainSettings(data_path=sys.argv[1], seed=seed // 2, train_percent=0.5))")
+    started = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "c.txt")], stderr=subprocess.PIPE) for _ in range(4)]
+    for process in started:
+        assert process.communicate()[1] == b"" and process.returncode == 0
+    assert len([*(tmp_path / ".cache").iterdir()]) == 30

@@ -208,9 +208,9 @@ def test_the_published_reviews_are_known_by_their_checksum(server, tmp_path):
 def test_the_dialogues_come_by_gdown(server, tmp_path):
     server.contents["/train.txt"] = "甲\n乙\n\n".encode() * 500_001
     server.faults = ["break"]
-    done = command(tmp_path, "chat", "--address", f"{server.address}/train.txt", "--tries", "3")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "data" / "train.txt").read_bytes() == server.contents["/train.txt"]
+    path = tmp_path / "data" / "train.txt"
+    download.get(download.File(str(path), f"{server.address}/train.txt", download.fetch_drive, download.check_dialogues), tries=3)
+    assert path.read_bytes() == server.contents["/train.txt"]
     assert content_of(tmp_path / "data") == ["train.txt"]
     again = command(tmp_path, "chat", "--address", f"{server.address}/train.txt")
     assert again.returncode == 0 and "is there already, and right" in again.stdout

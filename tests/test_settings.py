@@ -146,3 +146,17 @@ def test_an_error_of_the_user_is_one_line_and_status_2_and_a_bug_keeps_its_trace
 def test_folds_and_given_test_sets_exclude_each_other():
     with pytest.raises(UserError, match="folds=3 and split_path=a.json"):
         build(SentimentSettings, dict(folds=3, split_path="a.json"))
+
+
+def test_whole_numbers_keep_all_their_digits_and_nothing_else_becomes_one():
+    assert build(ChatSettings, dict(seed=2**53 + 1)).seed == build(ChatSettings, dict(seed=str(2**53 + 1))).seed == 2**53 + 1
+    for wrong in ([0.5], [True], ["a"]):
+        with pytest.raises(UserError, match="seeds="):
+            build(SentimentSettings, dict(seeds=wrong))
+
+
+@pytest.mark.parametrize("text", ["max_minutes: 2024-99-99", "seed: !!int abc", "seed: !!timestamp 5", "a: " + "[" * 5000, "false", "[]"])
+def test_yaml_that_cannot_be_meant_is_one_line(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError, match="c.yaml"):
+        read_yaml(str(tmp_path / "c.yaml"))

@@ -276,6 +276,13 @@ def test_a_configuration_for_several_processes_says_that_it_trains_on_one(traine
     assert output.count("torchrun did not start this: training on one device") == 1 and "world_size=2 is" not in output
 
 
+def test_what_another_launcher_left_in_the_environment_is_no_process_of_ours(tmp_path):
+    config = runs.write_config(str(tmp_path), max_steps=2)
+    assert "finished after 2 steps" in runs.run(config, RANK="1", LOCAL_RANK="1")
+    status, output = runs.finish(runs.start(config, WORLD_SIZE="2", RANK="0"))
+    assert status == 2 and "error: WORLD_SIZE=2 is set, but torchrun did not start this" in output and "Traceback" not in output
+
+
 def test_with_nothing_held_out_the_newest_checkpoint_is_the_best(trained):
     status, output, folder = trained(train_percent=1, max_steps=4, eval_freq=2, patience=1)
     assert status == 0 and "0 dialogues held out" in output and "patience=1 is not used: nothing is held out" in output
