@@ -105,6 +105,9 @@ class Processes:
         return text
 
     def __exit__(self, kind, error, trace):
+        if full := isinstance(error, torch.OutOfMemoryError):
+            error = UserError(f"rank {self.rank}: the GPU's memory is full; micro_batch=1 holds a row at a time, checkpointing=True takes "
+                              "a third more time; what was saved is whole")
         if error is None:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -123,6 +126,8 @@ class Processes:
                 said = False
             if said and isinstance(error, UserError):
                 self._end(2)
+        if full:
+            raise error from None
 
     def _end(self, status):
         """Ends quietly, a little late: torchrun ends the others when one does, and should name the one that failed first."""

@@ -260,6 +260,17 @@ def test_a_full_disk_of_tensorboard_costs_its_log_and_not_the_run(tmp_path):
     assert status == 0 and output.count("log ends here: File too large") == 1 and "went on" in output, output
 
 
+def test_a_full_gpu_says_what_takes_less_memory(tmp_path):
+    script = tmp_path / "full.py"
+    script.write_text("import torch, runtime, settings\n"
+                      "def work():\n"
+                      "    with runtime.Processes():\n"
+                      "        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')\n"
+                      "settings.main(work)\n")
+    status, output = runs.finish(runs.start(script=str(script)))
+    assert status == 2 and output.startswith("error: rank 0: the GPU's memory is full; micro_batch=1") and output.count("\n") == 1
+
+
 def test_a_folder_for_checkpoints_that_cannot_be_written_ends_before_the_first_step(trained, tmp_path):
     (tmp_path / "file").write_text("")
     status, output, _ = trained(checkpoint_root=str(tmp_path / "file" / "folder"))
