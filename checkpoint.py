@@ -5,6 +5,7 @@
 
 import argparse
 import dataclasses
+import errno
 import glob
 import os
 import pickle
@@ -140,7 +141,7 @@ def load(path):
     except pickle.UnpicklingError:
         raise Damaged(f"{path} is refused: it is damaged, or it would run code of its own on loading")
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError, struct.error) as error:
-        passing = isinstance(error, OSError) or "allocate memory" in str(error)
+        passing = isinstance(error, OSError) and error.errno != errno.EINVAL or "allocate memory" in str(error)  # EINVAL: a cut file
         raise (UserError if passing else Damaged)(
             f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
 
@@ -187,7 +188,7 @@ def unpack(content, path):
             model = GPT(GPTConfig(**content["config"]))
         model.load_state_dict(content["model"], assign=True)
         tokenizer = tokenizer_module.from_state(content["tokenizer"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{path} is damaged or was changed: {str(error).splitlines()[0]}")
     if model.config.tied:
         model.head.weight = model.embedding.weight

@@ -205,9 +205,8 @@ def manifest(folder):
     try:
         with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:
             content = json.load(file)
-        size = lambda name: os.path.getsize(os.path.join(folder, name))
-        ids = all(size(f"{part}.bin") == count * np.dtype(content["dtype"]).itemsize for part, count in content["tokens"].items())
-        return content if ids and all(map(size, ("train_offsets.npy", "val_offsets.npy", "tokenizer.json"))) else None
+        whole = all(os.path.getsize(os.path.join(folder, name)) == size for name, size in content["sizes"].items())
+        return content if whole else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
@@ -253,7 +252,9 @@ def _write_store(folder, path, settings, tokenizer, corpus):
         np.save(os.path.join(folder, f"{part}_offsets.npy"), offsets)
         tokens[part] = int(offsets[-1])
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
-    content = dict(corpus, identity=_identity(corpus, tokenizer), dialogues=count, tokens=tokens, dtype=np.dtype(tokenizer.dtype).name)
+    sizes = {name: os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder)}
+    content = dict(corpus, identity=_identity(corpus, tokenizer), dialogues=count, tokens=tokens, dtype=np.dtype(tokenizer.dtype).name,
+                   sizes=sizes)
     with open(os.path.join(folder, "manifest.json"), "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
 

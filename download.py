@@ -5,7 +5,6 @@ A file gets its name only when it is whole and right; what is there already is c
 
 import argparse
 import dataclasses
-import errno
 import glob
 import hashlib
 import http.client
@@ -22,7 +21,7 @@ import urllib.request
 from tqdm import tqdm
 
 import data
-from settings import UserError
+from settings import FULL, UserError
 
 DRIVE = "https://drive.google.com/uc?id=1nEuew_KNpTMbyy7BO4c8bXMXN351RCPp"
 REVIEWS = "https://raw.githubusercontent.com/SophonPlus/ChineseNlpCorpus/master/datasets/ChnSentiCorp_htl_all/ChnSentiCorp_htl_all.csv"
@@ -72,7 +71,7 @@ def fetch_http(address, temporary, timeout):
             return
         raise Failed(f"the server answers {error.code} {error.reason}")
     except (OSError, ValueError, http.client.HTTPException) as error:
-        if getattr(error, "filename", None) or getattr(error, "errno", None) == errno.ENOSPC:  # of the file here, not of the network
+        if getattr(error, "filename", None) or getattr(error, "errno", None) in FULL:  # of the file here, not of the network
             raise UserError(f"{temporary} cannot be written: {error.strerror}")
         raise Failed(str(getattr(error, "reason", error)) or type(error).__name__)
 
@@ -130,7 +129,7 @@ def check_dialogues(path):
     try:
         dialogues = sum(len(lengths) for _, lengths in data.read_groups(path))
     except UserError as error:
-        raise Wrong(str(error).removeprefix(path).strip())
+        raise Wrong(str(error).removeprefix(path).partition(";")[0].strip())
     if dialogues < 500_000:
         raise Wrong(f"holds {dialogues:,} dialogues and not the 500,001 of the published corpus")
 

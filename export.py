@@ -19,38 +19,41 @@ from tokenizer import PAD, SEP, SPECIALS, UNK, BPETokenizer
 
 # An utterance a line, the line end is <sep>; what is to be answered is closed by one too.
 CHAT_TEMPLATE = ("{% for message in messages if message['role'] != 'system' %}"
-                 "{{ message['content'] | replace('\n', ' ') + '\n' }}{% endfor %}")
+                 "{{ message['content'].splitlines() | join(' ') + '\n' }}{% endfor %}")
 
 
 def export(path, folder):
     """Writes the GPT of the checkpoint `path` (a classifier's too, without its head) to a folder that is new or empty."""
     try:
-        from safetensors.torch import save_file
+        import safetensors.torch
     except ImportError:
         raise UserError("export.py needs safetensors: python -m pip install safetensors")
     model, tokenizer, _ = checkpoint.load_model(path)
     if os.path.isdir(folder) and os.listdir(folder):
         raise UserError(f"{folder} is not empty; name a new folder")
     checkpoint.make_folder(folder, folder)
-    weights, config = (qwen3 if model.config.modern else gpt2)(model)
+    weights, config = (qwen3 if model.config.modern else gpt2)(model, tokenizer.size)
     ends = dict(eos_token_id=[SEP, PAD], pad_token_id=PAD, bos_token_id=None)
-    config |= ends | dict(vocab_size=model.config.vocab_size, dtype="float32")
-    save_file({name: tensor.contiguous().clone() for name, tensor in weights.items()}, os.path.join(folder, "model.safetensors"),
-              metadata={"format": "pt"})
+    config |= ends | dict(vocab_size=tokenizer.size, dtype="float32")
+    with open(os.path.join(folder, "model.safetensors"), "wb") as file:
+        file.write(safetensors.torch.save({name: tensor.contiguous() for name, tensor in weights.items()}, metadata={"format": "pt"}))
     tokenizer_of(tokenizer).save(os.path.join(folder, "tokenizer.json"))
     for name, content in (
             ("config", config),
             ("generation_config", ends | dict(
-                do_sample=True, temperature=ChatSettings.temperature, top_p=ChatSettings.top_p, suppress_tokens=[UNK])),
+                do_sample=True, temperature=ChatSettings.temperature, top_p=ChatSettings.top_p, top_k=0, suppress_tokens=[UNK],
+                min_new_tokens=1, max_new_tokens=min(ChatSettings.max_new_tokens, model.config.block_size // 2))),
             ("tokenizer_config", dict(tokenizer_class="PreTrainedTokenizerFast", unk_token=SPECIALS[0], pad_token=SPECIALS[PAD],
-                                      eos_token=SPECIALS[PAD], model_max_length=model.config.block_size, chat_template=CHAT_TEMPLATE))):
+                                      eos_token=SPECIALS[PAD], padding_side="left", split_special_tokens=True,
+                                      model_max_length=model.config.block_size, chat_template=CHAT_TEMPLATE))):
         with open(os.path.join(folder, name + ".json"), "w", encoding="utf-8") as file:
             json.dump(content, file, ensure_ascii=False, indent=1)
 
 
-def qwen3(model):
-    """(weights, configuration) of Qwen3ForCausalLM. It does not normalise look-ups: the rows are stored normalised."""
-    c, size = model.config, model.config.vocab_size
+def qwen3(model, size):
+    """(weights, configuration) of Qwen3ForCausalLM, for the first `size` ids: what a classifier adds is left out. It does not
+    normalise look-ups: the rows are stored normalised."""
+    c = model.config
     weights = {"model.embed_tokens.weight": rms_norm(model.embedding.weight[:size]), "model.norm.weight": model.norm.weight,
                "lm_head.weight": model.head.weight[:size]}
     for layer, block in enumerate(model.blocks):
@@ -67,9 +70,9 @@ def qwen3(model):
         rope_theta=10000.0, rope_parameters=dict(rope_type="default", rope_theta=10000.0))
 
 
-def gpt2(model):
+def gpt2(model, size):
     """(weights, configuration) of GPT2LMHeadModel: matrices transposed, q, k and v in one, every head with its own k and v."""
-    c, size = model.config, model.config.vocab_size
+    c = model.config
     weights = {"transformer.wte.weight": model.embedding.weight[:size], "transformer.wpe.weight": model.positions.weight}
     if not c.tied:
         weights["lm_head.weight"] = model.head.weight[:size]
@@ -84,9 +87,8 @@ def gpt2(model):
     put("ln_f", model.norm.weight, model.norm.bias)
     for layer, block in enumerate(model.blocks):
         attention = block.attention
-        qkv = [attention.q, attention.k, attention.v]
-        weight = torch.cat([qkv[0].weight, *(every_head(linear.weight) for linear in qkv[1:])])
-        bias = torch.cat([qkv[0].bias, *(every_head(linear.bias) for linear in qkv[1:])]) if c.bias else None
+        weight = torch.cat([attention.q.weight, every_head(attention.k.weight), every_head(attention.v.weight)])
+        bias = torch.cat([attention.q.bias, every_head(attention.k.bias), every_head(attention.v.bias)]) if c.bias else None
         put(f"h.{layer}.attn.c_attn", weight.T, bias)
         put(f"h.{layer}.ln_1", block.norm1.weight, block.norm1.bias)
         put(f"h.{layer}.ln_2", block.norm2.weight, block.norm2.bias)
@@ -99,7 +101,7 @@ def gpt2(model):
 
 
 def tokenizer_of(ours):
-    """A `tokenizers.Tokenizer` with the same ids. There `<sep>` is the newline itself, and `<unk>` and `<pad>` can be typed."""
+    """A `tokenizers.Tokenizer` with the same ids, in which `<sep>` is the newline itself."""
     import tokenizers
     if isinstance(ours, BPETokenizer):
         description = json.loads(ours.description)

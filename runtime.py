@@ -35,7 +35,7 @@ class Processes:
     """
 
     def __init__(self):
-        self.rank, self.local_rank, self.world, self.local_world = (int(os.environ.get(name, default)) for name, default in (
+        self.rank, self.local_rank, self.world, self.local_world = (int(os.environ.get(name) or default) for name, default in (
             ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
         self.torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         self.store, self.waits = None, 0
@@ -315,14 +315,17 @@ def peak_flops(runtime):
 
 def matmul_rate(device, dtype, size=None, seconds=0.2):
     """FLOP/s of the product of two (size, size) matrices, the best of those that fit into `seconds`."""
-    size = size or (2048 if device.type == "cpu" else 8192)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best, end = float("inf"), time.perf_counter() + seconds
-    while best == float("inf") or time.perf_counter() < end:
-        begin = time.perf_counter()
-        (a @ b)[0, 0].item()
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size ** 3 / best
+    size, rate = size or (2048 if device.type == "cpu" else 8192), 0.0
+    for n in (256, size):  # bfloat16 without hardware for it would take a minute for the large one
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        end = time.perf_counter() + seconds / 2
+        while time.perf_counter() < end:
+            begin = time.perf_counter()
+            (a @ b)[0, 0].item()
+            rate = max(rate, 2 * n ** 3 / (time.perf_counter() - begin))
+        if 2 * size ** 3 / rate > 1:
+            break
+    return rate
 
 
 def distribute(runtime, model):

@@ -75,17 +75,13 @@ def start(processes):
             checkpoint.load(settings.base_model)  # says so
     if len(paths) > 1 and runtime.main and not options.dry_run:
         checkpoint.make_folder(os.path.dirname(options.table) or ".", f"--table {options.table}")
-    results, failed = [], None
+    results = []
     for path, settings in zip(paths, several):
         if len(paths) > 1:
             runtime.say(f"\n== {path}")
-        try:
-            result = experiment(settings, runtime, stopping, options.dry_run)
-        except UserError as error:  # what ended before has its table nevertheless
-            failed = error
-            break
+        result, failed = experiment(settings, runtime, stopping, options.dry_run)
         results += [result] if result else []
-        if not options.dry_run and (result is None or len(result["runs"]) < result["planned"]):  # stopped
+        if failed or not options.dry_run and (result is None or len(result["runs"]) < result["planned"]):  # stopped
             break
     if len(paths) > 1 and results and runtime.main:
         table(paths, several, results, options.table)
@@ -94,7 +90,7 @@ def start(processes):
 
 
 def experiment(settings, runtime, stopping, dry_run):
-    """All runs (seeds, folds) of one configuration: the figures of those that ended before it was stopped, or None."""
+    """All runs (seeds, folds) of one configuration: (the figures of those that ended, or None; the error that ended it, or None)."""
     if settings.resume_from:
         runtime.say(f"resume_from={settings.resume_from} is not used here: base_model={settings.base_model} is what is started from")
     if settings.compile:
@@ -115,16 +111,14 @@ def experiment(settings, runtime, stopping, dry_run):
         folder = settings.checkpoint_root if len(plans) == 1 else os.path.join(settings.checkpoint_root, name)
         try:
             result = train(settings, runtime, stopping, texts, labels, names, seed, parts, folder, dry_run)
-        except UserError as error:
+        except (UserError, OSError) as error:  # what ended before keeps its figures
             result, failed = None, error
         if result is None:
             break
         results.append(dict(title=title, seed=seed) | result)
         runtime.say(f"{title}: {tell(result['test'], names)}; {result['minutes']:.1f} minutes")
-    if failed and not results:
-        raise failed
     if not results:
-        return None
+        return None, failed
     summary = {name: float(np.mean([r["test"][name] for r in results])) for name in ("accuracy", "f1", "auc", "majority")}
     summary |= dict(deviation=float(np.std([r["test"]["accuracy"] for r in results], ddof=1)) if len(results) > 1 else None,
                     trained=results[0]["trained"], minutes=sum(r["minutes"] for r in results), runs=results, planned=len(plans))
@@ -142,9 +136,7 @@ def experiment(settings, runtime, stopping, dry_run):
             json.dump(content, file, ensure_ascii=False, indent=1)
         best = " that is best on validation" if several and chosen["validation"] else ""
         runtime.say(f"the classifier{best}: {root}/best.pth; all figures: {root}/metrics.json")
-    if failed:
-        raise failed
-    return summary
+    return summary, failed
 
 
 def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder, dry_run):

@@ -13,6 +13,8 @@ import typing
 
 import yaml
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk says
+
 
 class UserError(Exception):
     """Something a user can put right: `main` makes it one line on standard error and exit status 2."""
@@ -266,7 +268,7 @@ def main(function):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in FULL:
             raise
         print(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr)
         raise SystemExit(2)

@@ -170,7 +170,10 @@ class BPETokenizer(Tokenizer):
 
 def from_state(state):
     """The tokenizer whose `state()` this is."""
-    kind, content = {"char": (CharTokenizer, "characters"), "bpe": (BPETokenizer, "tokenizer")}[state["kind"]]
+    kinds = {"char": (CharTokenizer, "characters"), "bpe": (BPETokenizer, "tokenizer")}
+    if state.get("kind") not in kinds:
+        raise ValueError(f"unknown kind of tokenizer: {state.get('kind')!r}")
+    kind, content = kinds[state["kind"]]
     return kind(state[content])
 
 

@@ -239,7 +239,7 @@ def keep_split(settings, runtime, path, saved):
 
 def open_store(settings, runtime, path, saved):
     """(folder of the token store, its tokenizer); the main process makes it while the others wait."""
-    tokenizer = tokenizer_module.from_state(saved["tokenizer"]) if saved else None
+    tokenizer = checkpoint.unpack(saved, path)[1] if saved else None
     store = runtime.processes.once(lambda: data.prepare(settings, tokenizer))
     return store, tokenizer or tokenizer_module.load(os.path.join(store, "tokenizer.json"))
 

@@ -10,7 +10,7 @@ import checkpoint
 import export
 import tokenizer
 from chat import Conversation
-from model import GPT, GPTConfig, Sampling, generate
+from model import GPT, GPTConfig, Sampling, extended, generate
 from runs import ROOT, write_corpus
 from settings import ChatSettings, UserError
 from tokenizer import PAD, SEP
@@ -57,16 +57,33 @@ def test_transformers_computes_and_writes_what_we_do_from_an_exported_folder(tmp
     assert coded == ours.encode(TEXT).tolist()
     assert coder.decode(coded) == ours.decode(coded).replace("\ufffd", "<unk>")
     chat = Conversation(model, ours, ChatSettings(max_new_tokens=8, resume_from=path), print)
-    said = ("system", "x"), ("user", "abc\nj"), ("assistant", "gef"), ("user", "ij")
+    said = ("system", "x"), ("user", "abc\r\nj\n"), ("assistant", "gef"), ("user", "ij")
     turns = [dict(role=role, content=content) for role, content in said]
     for turn in turns[1:]:
         chat.hear(turn["content"])
     prompt = coder.apply_chat_template(turns, return_tensors="pt", return_dict=True)
     assert prompt["input_ids"][0].tolist() == chat.context()
 
-    greedy = [int(row) for row in generate(model, prompt["input_ids"].tolist(), Sampling(temperature=0, max_new_tokens=16), (SEP, PAD))]
+    def greedy(ids):
+        sampling = Sampling(temperature=0, min_new_tokens=1, max_new_tokens=16)
+        return [int(row) for row in generate(model, [ids], sampling, (SEP, PAD))]
+
     written = theirs.generate(**prompt, do_sample=False, max_new_tokens=16)[0, prompt["input_ids"].shape[1]:].tolist()
-    assert written == greedy
+    assert written == greedy(chat.context())
+    batch = coder(["abc\n", "gef ij\n", "<pad>j\n"], padding=True, return_tensors="pt")  # "<pad>" typed is five characters
+    together = theirs.generate(**batch, do_sample=False, max_new_tokens=16)[:, batch["input_ids"].shape[1]:].tolist()
+    for text, said in zip(["abc\n", "gef ij\n", "<pad>j\n"], together):
+        alone = greedy(ours.encode(text).tolist())
+        assert said[:len(alone)] == alone and set(said[len(alone):]) <= {PAD}
+
+
+def test_an_exported_classifier_has_no_more_ids_than_its_tokenizer(tmp_path):
+    path = write_checkpoint(tmp_path, "char", arch="modern")
+    model, ours, meta = checkpoint.load_model(path)
+    checkpoint.write(path, checkpoint.describe(extended(model, 2, 0.0, like=SEP), ours) | dict(settings={}, metrics={}, progress={}))
+    export.export(path, str(tmp_path / "out"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "out"))
+    assert theirs.config.vocab_size == ours.size == len(transformers.AutoTokenizer.from_pretrained(str(tmp_path / "out")))
 
 
 def test_export_writes_into_no_folder_that_holds_something(tmp_path):

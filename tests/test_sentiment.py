@@ -313,7 +313,8 @@ def test_an_error_in_a_later_run_keeps_the_figures_of_what_ended(config, tmp_pat
         run(monkeypatch, *paths, "seeds=[7,8,9]", "max_epoch=1", "--table", str(tmp_path / "t"))
     assert len(metrics(tmp_path / "one")["runs"]) == 3 and len(metrics(tmp_path / "two")["runs"]) == 1
     assert (tmp_path / "two" / "best.pth").exists() and not (tmp_path / "three").exists()
-    assert "| one " in (tmp_path / "t.md").read_text()
+    table = (tmp_path / "t.md").read_text()
+    assert "| one " in table and "| two (1 of 3 runs)" in table
 
 
 def test_figures_of_an_earlier_run_go_aside_with_its_checkpoints(config, tmp_path, monkeypatch):
