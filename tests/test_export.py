@@ -1,5 +1,4 @@
 import os
-import subprocess
 import sys
 
 import pytest
@@ -11,7 +10,7 @@ import export
 import tokenizer
 from chat import Conversation
 from model import GPT, GPTConfig, Sampling, extended, generate
-from runs import ROOT, write_corpus
+from runs import write_corpus
 from settings import ChatSettings, UserError
 from tokenizer import PAD, SEP
 
@@ -38,10 +37,11 @@ def write_checkpoint(folder, kind, **shape):
     ("char", dict(arch="modern")), ("bpe", dict(arch="modern", tied=True, n_kv_head=2)), ("char", dict(arch="gpt2")),
     ("bpe", dict(arch="gpt2", tied=False, bias=False, n_kv_head=2)),
 ])
-def test_transformers_computes_and_writes_what_we_do_from_an_exported_folder(tmp_path, kind, shape):
+def test_transformers_computes_and_writes_what_we_do_from_an_exported_folder(tmp_path, monkeypatch, kind, shape):
     path = write_checkpoint(tmp_path, kind, **shape)
     folder = str(tmp_path / "exported")
-    subprocess.run([sys.executable, os.path.join(ROOT, "export.py"), path, folder], check=True)
+    monkeypatch.setattr(sys, "argv", ["export.py", path, folder])
+    export.main()
     model, ours, _ = checkpoint.load_model(path)
     theirs, told = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert type(theirs).__name__ == ("Qwen3ForCausalLM" if shape["arch"] == "modern" else "GPT2LMHeadModel")
