@@ -1,8 +1,9 @@
-"""A checkpoint as a folder that Hugging Face's transformers, and what reads its files, can load.
+"""A checkpoint for other programs: a folder for Hugging Face's transformers, or a GGUF file for llama.cpp.
 
-    python export.py checkpoints/demo/best.pth exported
+    python export.py checkpoints/demo/last.pth exported
+    python export.py checkpoints/demo/last.pth demo.gguf
 
-`modern` becomes Qwen3ForCausalLM, `gpt2` GPT2LMHeadModel; their logits are the same up to rounding.
+`modern` becomes Qwen3ForCausalLM, `gpt2` GPT2LMHeadModel; their logits are the same up to rounding (GGUF: to float16).
 """
 
 import argparse
@@ -19,7 +20,7 @@ from tokenizer import PAD, SEP, SPECIALS, UNK, BPETokenizer
 
 # An utterance a line, the line end is <sep>; what is to be answered is closed by one too.
 CHAT_TEMPLATE = ("{% for message in messages if message['role'] != 'system' %}"
-                 "{{ message['content'].splitlines() | join(' ') + '\n' }}{% endfor %}")
+                 "{{ message['content'].replace('\\r\\n', '\\n').strip().replace('\\n', ' ') + '\\n' }}{% endfor %}")
 
 
 def export(path, folder):
@@ -48,6 +49,70 @@ def export(path, folder):
                                       model_max_length=model.config.block_size, chat_template=CHAT_TEMPLATE))):
         with open(os.path.join(folder, name + ".json"), "w", encoding="utf-8") as file:
             json.dump(content, file, ensure_ascii=False, indent=1)
+
+
+def export_gguf(path, target):
+    """Writes the GPT of the checkpoint `path` to the new file `target`: matrices in float16, tokenizer, chat template."""
+    try:
+        import gguf
+    except ImportError:
+        raise UserError("a .gguf file needs the package gguf: python -m pip install gguf")
+    if os.path.exists(target):
+        raise UserError(f"{target} exists; name a new file")
+    model, ours, _ = checkpoint.load_model(path)
+    checkpoint.make_folder(os.path.dirname(target) or ".", target)
+    c = model.config
+    weights, _ = (qwen3 if c.modern else gpt2)(model, ours.size)
+    arch = gguf.MODEL_ARCH.QWEN3 if c.modern else gguf.MODEL_ARCH.GPT2
+    names = gguf.get_tensor_name_map(arch, c.n_layer)
+    writer = gguf.GGUFWriter(target, gguf.MODEL_ARCH_NAMES[arch])
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_block_count(c.n_layer)
+    writer.add_context_length(c.block_size)
+    writer.add_embedding_length(c.n_embd)
+    writer.add_feed_forward_length(c.hidden_size)
+    writer.add_head_count(c.n_head)
+    if c.modern:
+        writer.add_head_count_kv(c.n_kv_head)
+        writer.add_key_length(c.head_size)
+        writer.add_value_length(c.head_size)
+        writer.add_rope_freq_base(10000.0)
+        writer.add_layer_norm_rms_eps(1e-6)
+    else:
+        writer.add_layer_norm_eps(1e-5)
+    writer.add_sampling_temp(ChatSettings.temperature)
+    writer.add_sampling_top_p(ChatSettings.top_p)
+    if isinstance(ours, BPETokenizer):
+        bpe = json.loads(ours.description)["model"]
+        tokens = sorted(bpe["vocab"], key=bpe["vocab"].get)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_merges([" ".join(pair) for pair in bpe["merges"]])
+    else:  # pieces of one character, "t5" there, which writes a space as U+2581 and takes unknown characters in a row for one
+        tokens = [{" ": "\u2581", "\u2581": "<U+2581>"}.get(character, character) for character in ours.vocabulary]
+        writer.add_tokenizer_model("t5")
+        writer.add_token_scores([0.0] * ours.size)
+        writer.add_add_space_prefix(False)
+        writer.add_remove_extra_whitespaces(False)
+    kind = gguf.TokenType
+    writer.add_token_list([SPECIALS[UNK], "\n", SPECIALS[PAD], *tokens])
+    writer.add_token_types([kind.UNKNOWN, kind.USER_DEFINED, kind.CONTROL] + [kind.NORMAL] * len(tokens))
+    writer.add_unk_token_id(UNK)
+    writer.add_eot_token_id(SEP)
+    writer.add_eos_token_id(PAD)
+    writer.add_pad_token_id(PAD)
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+    writer.add_chat_template(CHAT_TEMPLATE)
+    for name, tensor in weights.items():
+        if name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):  # Hugging Face's GPT-2 has them transposed
+            tensor = tensor.T
+        array = tensor.float().contiguous().numpy()
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), array.astype("float16") if array.ndim == 2 else array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def qwen3(model, size):
@@ -121,11 +186,14 @@ def tokenizer_of(ours):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("checkpoint", help="a .pth of train.py or sentimentalTrain.py")
-    parser.add_argument("folder", help="where config.json, model.safetensors and tokenizer.json go; new or empty")
+    parser.add_argument("target", help="a folder, new or empty, for config.json, model.safetensors and tokenizer.json; or a new file "
+                        "NAME.gguf")
     options = parser.parse_args()
+    gguf = options.target.endswith(".gguf")
     with torch.no_grad():
-        export(options.checkpoint, options.folder)
-    print(f"{options.folder}: load it with transformers' AutoModelForCausalLM and AutoTokenizer")
+        (export_gguf if gguf else export)(options.checkpoint, options.target)
+    print(f"{options.target}: load it with " + ("llama.cpp: llama-cli -m " + options.target if gguf else
+                                                "transformers' AutoModelForCausalLM and AutoTokenizer"))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
+import json
 import os
 import sys
+import urllib.request
 
 import pytest
 import torch
 import transformers
+import xllamacpp
 
 import checkpoint
 import export
@@ -33,10 +36,13 @@ def write_checkpoint(folder, kind, **shape):
     return path
 
 
-@pytest.mark.parametrize(("kind", "shape"), [
+every_kind = pytest.mark.parametrize(("kind", "shape"), [
     ("char", dict(arch="modern")), ("bpe", dict(arch="modern", tied=True, n_kv_head=2)), ("char", dict(arch="gpt2")),
     ("bpe", dict(arch="gpt2", tied=False, bias=False, n_kv_head=2)),
 ])
+
+
+@every_kind
 def test_transformers_computes_and_writes_what_we_do_from_an_exported_folder(tmp_path, monkeypatch, kind, shape):
     path = write_checkpoint(tmp_path, kind, **shape)
     folder = str(tmp_path / "exported")
@@ -75,6 +81,45 @@ def test_transformers_computes_and_writes_what_we_do_from_an_exported_folder(tmp
     for text, said in zip(["abc\n", "gef ij\n", "<pad>j\n"], together):
         alone = greedy(ours.encode(text).tolist())
         assert said[:len(alone)] == alone and set(said[len(alone):]) <= {PAD}
+
+
+@every_kind
+def test_llama_cpp_computes_and_writes_what_we_do_from_a_gguf_file(tmp_path, monkeypatch, kind, shape):
+    path, target = write_checkpoint(tmp_path, kind, **shape), str(tmp_path / "new" / "random.gguf")
+    monkeypatch.setattr(sys, "argv", ["export.py", path, target])
+    export.main()
+    model, ours, _ = checkpoint.load_model(path)
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path, parameters.n_parallel, parameters.cpuparams.n_threads, parameters.verbosity = target, 1, 1, 0
+    server = xllamacpp.Server(parameters)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def ask(place, **body):
+        request = urllib.request.Request(server.listening_address + place, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with opener.open(request, timeout=60) as answer:
+            return json.load(answer)
+
+    text = "abc  <j>\n😀 ij\n\n gef "
+    coded = ask("/tokenize", content=text)["tokens"]
+    assert coded == ours.encode(text).tolist()
+    assert ask("/detokenize", tokens=coded)["content"] == ours.decode(coded).replace("\ufffd", "<unk>")
+    prompt = ours.encode("abc\nj\n").tolist()
+    told = ask("/completion", prompt=prompt, n_predict=16, temperature=0, n_probs=5, return_tokens=True, logit_bias=[[0, False]])
+    if kind == "char":  # bytes that are no whole character yet are left out of its probabilities
+        with torch.no_grad():
+            expected = model.logits(model.hidden(torch.tensor([prompt])))[0, -1].log_softmax(dim=-1)
+        likeliest = {one["id"]: one["logprob"] for one in told["completion_probabilities"][0]["top_logprobs"]}
+        assert likeliest == pytest.approx({i: expected[i].item() for i in likeliest}, abs=0.02)
+    sampling = Sampling(temperature=0, max_new_tokens=16)
+    assert told["tokens"] == [int(row) for row in generate(model, [prompt], sampling, (SEP, PAD))]
+    chat = Conversation(model, ours, ChatSettings(max_new_tokens=8, resume_from=path), print)
+    said = ("user", "abc\r\nj\n"), ("assistant", "gef"), ("user", "ij")
+    for _, content in said:
+        chat.hear(content)
+    prompt = ask("/apply-template", messages=[dict(role=role, content=content) for role, content in said])["prompt"]
+    assert ask("/tokenize", content=prompt, add_special=True)["tokens"] == chat.context()
+    with pytest.raises(UserError, match="exists"):
+        export.main()
 
 
 def test_an_exported_classifier_has_no_more_ids_than_its_tokenizer(tmp_path):
