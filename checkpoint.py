@@ -4,6 +4,7 @@
 """
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import glob
@@ -70,18 +71,24 @@ def save(folder, step, content, keep=2):
 
 def write(path, content):
     """Writes `content` as the checkpoint file `path`, which is complete or not there at all."""
+    with whole(path) as temporary, open(temporary, "xb") as file:
+        try:
+            torch.save({"format": FORMAT} | content, file)
+        except RuntimeError as error:  # it says "unexpected pos" where the disk is full
+            raise OSError if "unexpected pos" in str(error) else error
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def whole(path):
+    """Gives the name of a temporary file, which becomes `path` at the end and is gone after an error."""
     temporary = _beside(path)
     try:
-        with open(temporary, "xb") as file:
-            torch.save({"format": FORMAT} | content, file)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save says "unexpected pos" where the disk is full
-        if isinstance(error, OSError) or "unexpected pos" in str(error):
-            raise UserError(f"{path} cannot be written: {getattr(error, 'strerror', None) or 'is the disk full?'}; what was saved "
-                            "before is whole")
-        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or 'is the disk full?'}; what was saved before is whole")
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)

@@ -20,7 +20,7 @@ from tokenizer import PAD, SEP, SPECIALS, UNK, BPETokenizer
 
 # An utterance a line, the line end is <sep>; what is to be answered is closed by one too.
 CHAT_TEMPLATE = ("{% for message in messages if message['role'] != 'system' %}"
-                 "{{ message['content'].replace('\\r\\n', '\\n').strip().replace('\\n', ' ') + '\\n' }}{% endfor %}")
+                 "{{ message['content'].replace('\\r\\n', '\\n').strip('\\n').replace('\\n', ' ') + '\\n' }}{% endfor %}")
 
 
 def export(path, folder):
@@ -59,31 +59,44 @@ def export_gguf(path, target):
         raise UserError("a .gguf file needs the package gguf: python -m pip install gguf")
     if os.path.exists(target):
         raise UserError(f"{target} exists; name a new file")
-    model, ours, _ = checkpoint.load_model(path)
+    model, tokenizer, _ = checkpoint.load_model(path)
     checkpoint.make_folder(os.path.dirname(target) or ".", target)
     c = model.config
-    weights, _ = (qwen3 if c.modern else gpt2)(model, ours.size)
+    weights, _ = (qwen3 if c.modern else gpt2)(model, tokenizer.size)
     arch = gguf.MODEL_ARCH.QWEN3 if c.modern else gguf.MODEL_ARCH.GPT2
     names = gguf.get_tensor_name_map(arch, c.n_layer)
-    writer = gguf.GGUFWriter(target, gguf.MODEL_ARCH_NAMES[arch])
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    writer.add_block_count(c.n_layer)
-    writer.add_context_length(c.block_size)
-    writer.add_embedding_length(c.n_embd)
-    writer.add_feed_forward_length(c.hidden_size)
-    writer.add_head_count(c.n_head)
-    if c.modern:
-        writer.add_head_count_kv(c.n_kv_head)
-        writer.add_key_length(c.head_size)
-        writer.add_value_length(c.head_size)
-        writer.add_rope_freq_base(10000.0)
-        writer.add_layer_norm_rms_eps(1e-6)
-    else:
-        writer.add_layer_norm_eps(1e-5)
-    writer.add_sampling_temp(ChatSettings.temperature)
-    writer.add_sampling_top_p(ChatSettings.top_p)
+    with checkpoint.whole(target) as temporary:
+        writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[arch])
+        writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+        writer.add_block_count(c.n_layer)
+        writer.add_context_length(c.block_size)
+        writer.add_embedding_length(c.n_embd)
+        writer.add_feed_forward_length(c.hidden_size)
+        writer.add_head_count(c.n_head)
+        if c.modern:
+            writer.add_head_count_kv(c.n_kv_head)
+            writer.add_rope_freq_base(10000.0)
+            writer.add_layer_norm_rms_eps(1e-6)
+        else:
+            writer.add_layer_norm_eps(1e-5)
+        add_tokenizer(writer, tokenizer, gguf.TokenType)
+        for name in ("temp", "top_p", "top_k", "min_p"):
+            getattr(writer, "add_sampling_" + name)(getattr(ChatSettings, "temperature" if name == "temp" else name))
+        for name, tensor in weights.items():
+            if name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):  # Hugging Face's GPT-2 has them transposed
+                tensor = tensor.T
+            array = tensor.float().contiguous().numpy().astype("float16" if tensor.dim() == 2 else "float32")
+            writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), array)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def add_tokenizer(writer, ours, kind):
+    """Our tokenizer and chat template in llama.cpp's terms."""
     if isinstance(ours, BPETokenizer):
-        bpe = json.loads(ours.description)["model"]
+        bpe = json.loads(ours.bpe.to_str())["model"]
         tokens = sorted(bpe["vocab"], key=bpe["vocab"].get)
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("gpt-2")
@@ -94,7 +107,6 @@ def export_gguf(path, target):
         writer.add_token_scores([0.0] * ours.size)
         writer.add_add_space_prefix(False)
         writer.add_remove_extra_whitespaces(False)
-    kind = gguf.TokenType
     writer.add_token_list([SPECIALS[UNK], "\n", SPECIALS[PAD], *tokens])
     writer.add_token_types([kind.UNKNOWN, kind.USER_DEFINED, kind.CONTROL] + [kind.NORMAL] * len(tokens))
     writer.add_unk_token_id(UNK)
@@ -104,15 +116,6 @@ def export_gguf(path, target):
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
     writer.add_chat_template(CHAT_TEMPLATE)
-    for name, tensor in weights.items():
-        if name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):  # Hugging Face's GPT-2 has them transposed
-            tensor = tensor.T
-        array = tensor.float().contiguous().numpy()
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), array.astype("float16") if array.ndim == 2 else array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def qwen3(model, size):
@@ -189,11 +192,12 @@ def main():
     parser.add_argument("target", help="a folder, new or empty, for config.json, model.safetensors and tokenizer.json; or a new file "
                         "NAME.gguf")
     options = parser.parse_args()
-    gguf = options.target.endswith(".gguf")
+    write, reader = export, "transformers' AutoModelForCausalLM and AutoTokenizer"
+    if options.target.lower().endswith(".gguf"):
+        write, reader = export_gguf, f"llama.cpp: llama-server -m {options.target}"
     with torch.no_grad():
-        (export_gguf if gguf else export)(options.checkpoint, options.target)
-    print(f"{options.target}: load it with " + ("llama.cpp: llama-cli -m " + options.target if gguf else
-                                                "transformers' AutoModelForCausalLM and AutoTokenizer"))
+        write(options.checkpoint, options.target)
+    print(f"{options.target}: load it with {reader}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 import json
 import os
+import subprocess
 import sys
 import urllib.request
 
@@ -95,10 +96,13 @@ def test_llama_cpp_computes_and_writes_what_we_do_from_a_gguf_file(tmp_path, mon
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def ask(place, **body):
-        request = urllib.request.Request(server.listening_address + place, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        body = json.dumps(body).encode() if body else None
+        request = urllib.request.Request(server.listening_address + place, body, {"Content-Type": "application/json"})
         with opener.open(request, timeout=60) as answer:
             return json.load(answer)
 
+    sampling = ask("/props")["default_generation_settings"]["params"]
+    assert (sampling["top_k"], sampling["min_p"]) == (0, 0) and sampling["top_p"] == pytest.approx(ChatSettings.top_p)
     text = "abc  <j>\n😀 ij\n\n gef "
     coded = ask("/tokenize", content=text)["tokens"]
     assert coded == ours.encode(text).tolist()
@@ -129,6 +133,14 @@ def test_an_exported_classifier_has_no_more_ids_than_its_tokenizer(tmp_path):
     export.export(path, str(tmp_path / "out"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "out"))
     assert theirs.config.vocab_size == ours.size == len(transformers.AutoTokenizer.from_pretrained(str(tmp_path / "out")))
+
+
+def test_a_full_disk_leaves_no_gguf_file_and_one_line(tmp_path):
+    path, target = write_checkpoint(tmp_path, "char", arch="modern"), tmp_path / "out.gguf"
+    command = f"ulimit -f 64; exec {sys.executable} {export.__file__} {path} {target}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {target} cannot be written") and done.stderr.count("\n") == 1
+    assert sorted(os.listdir(tmp_path)) == ["corpus.txt", "random.pth"]
 
 
 def test_export_writes_into_no_folder_that_holds_something(tmp_path):
