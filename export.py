@@ -80,8 +80,10 @@ def export_gguf(path, target):
         else:
             writer.add_layer_norm_eps(1e-5)
         add_tokenizer(writer, tokenizer, gguf.TokenType)
-        for name in ("temp", "top_p", "top_k", "min_p"):
-            getattr(writer, "add_sampling_" + name)(getattr(ChatSettings, "temperature" if name == "temp" else name))
+        writer.add_sampling_temp(ChatSettings.temperature)
+        writer.add_sampling_top_p(ChatSettings.top_p)
+        writer.add_sampling_top_k(ChatSettings.top_k)
+        writer.add_sampling_min_p(ChatSettings.min_p)
         for name, tensor in weights.items():
             if name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):  # Hugging Face's GPT-2 has them transposed
                 tensor = tensor.T
@@ -97,6 +99,8 @@ def add_tokenizer(writer, ours, kind):
     """Our tokenizer and chat template in llama.cpp's terms."""
     if isinstance(ours, BPETokenizer):
         bpe = json.loads(ours.bpe.to_str())["model"]
+        if not bpe["merges"]:
+            raise UserError("llama.cpp reads no BPE without merges; train with a larger vocab_size or more text")
         tokens = sorted(bpe["vocab"], key=bpe["vocab"].get)
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("gpt-2")

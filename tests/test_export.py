@@ -143,6 +143,16 @@ def test_a_full_disk_leaves_no_gguf_file_and_one_line(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["corpus.txt", "random.pth"]
 
 
+def test_bpe_without_merges_which_llama_cpp_refuses_is_said_and_nothing_written(tmp_path):
+    ours = tokenizer.train("bpe", ["a"], 259)
+    model = GPT(GPTConfig(vocab_size=ours.size, arch="modern", n_layer=1, n_head=1, n_embd=8))
+    path = str(tmp_path / "bytes.pth")
+    checkpoint.write(path, checkpoint.describe(model, ours) | dict(settings={}, metrics={}, progress={}))
+    with pytest.raises(UserError, match="without merges"), torch.no_grad():
+        export.export_gguf(path, str(tmp_path / "bytes.gguf"))
+    assert os.listdir(tmp_path) == ["bytes.pth"]
+
+
 def test_export_writes_into_no_folder_that_holds_something(tmp_path):
     path = write_checkpoint(tmp_path, "char", arch="modern")
     with pytest.raises(UserError, match="not empty"):
