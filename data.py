@@ -23,7 +23,7 @@ import tokenizer as tokenizer_module
 from settings import TrainSettings, UserError
 from tokenizer import CODE_POINTS, PAD, SEP, code_points, text_of
 
-STORE_FORMAT = 2
+LAYOUT = 3  # of a token store
 BLOCK = 1 << 18  # bytes read at once; arrays of this size stay in the cache and in the heap
 IGNORE = -100  # target of a position that is not scored
 NEWLINE = ord("\n")
@@ -47,11 +47,10 @@ def read_groups(path, bar=None):
     Never holds more than a block of the file and the dialogue it ends in. `bar` is told of the bytes read.
     """
     with corpus_errors(path), open(path, "rb") as file:
-        done = 0
         for group in (_read_jsonl if path.lower().endswith((".jsonl", ".json")) else _read_text)(file, path):
             yield group
             if bar is not None:
-                bar.update(-done + (done := file.tell()))
+                bar.update(file.tell() - bar.n)
 
 
 @contextlib.contextmanager
@@ -75,21 +74,26 @@ def _read_text(file, _):
     while block:
         block = file.read(size)
         raw = tail + block
-        whole = max(raw.rfind(b"\n"), raw.rfind(b"\r", 0, -1)) + 1 if block else len(raw)  # lines; a last \r may be half an end
+        carriage = raw.rfind(b"\r", 0, -1)  # a last \r may be half an end
+        whole = max(raw.rfind(b"\n"), carriage) + 1 if block else len(raw)  # lines
         text, tail = _decode(raw[:whole], file.tell() - len(raw)), raw[whole:]
-        if "\r" in text:
+        if carriage >= 0 or not block:
             text = text.replace("\r\n", "\n").replace("\r", "\n")
         points = np.concatenate([rest, code_points(text if block else text + "\n\n")])
         ends = np.flatnonzero(points == NEWLINE) + 1  # of lines
-        sizes = np.diff(ends, prepend=0)
-        blank = sizes == 1
-        for line in np.flatnonzero(~blank & SPACE[points[ends - sizes]]):  # begins with a space: has it anything else?
-            blank[line] = SPACE[points[ends[line] - sizes[line]:ends[line]]].all()
+        begins = np.append(0, ends)[:-1]
+        blank = ends - begins == 1
+        kept = np.ones(len(points), dtype=bool)
+        kept[begins[blank]] = False
+        for line in np.flatnonzero(~blank & SPACE.take(points.take(begins))):  # begins with a space: has it anything else?
+            if SPACE[points[begins[line]:ends[line]]].all():
+                blank[line], kept[begins[line]:ends[line]] = True, False
         lines = np.flatnonzero(blank)[-1] + 1 if blank.any() else 0  # up to here all dialogues are whole
-        kept, sizes, end = ~blank[:lines], sizes[:lines], ends[lines - 1] if lines else 0
-        closing = np.flatnonzero(kept & np.append(blank[1:lines], True))  # last lines of dialogues
-        if len(closing):
-            yield points[:end][np.repeat(kept, sizes)], np.diff(np.cumsum(sizes * kept)[closing], prepend=0)
+        blank, end = blank[:lines], ends[lines - 1] if lines else 0
+        last = np.flatnonzero(~blank & np.append(blank[1:], True))  # lines of dialogues
+        first = np.flatnonzero(~blank & np.append(True, blank[:-1]))
+        if len(last):
+            yield points[:end][kept[:end]], ends[last] - begins[first]
         rest, size = points[end:], BLOCK if lines else 2 * size  # where no dialogue ends, so that none is looked through again and again
 
 
@@ -158,8 +162,9 @@ def prepare(settings, tokenizer=None):
         _, tokenizer = checkpoint.unpack(checkpoint.read(settings.tokenizer, path), settings.tokenizer)
     elif tokenizer is None and settings.tokenizer not in ("char", "bpe"):
         tokenizer = tokenizer_module.load(settings.tokenizer)
-    corpus = dict(format=STORE_FORMAT, corpus=file_sha256(path), train_percent=settings.train_percent, seed=settings.seed)
-    trained = corpus | dict(tokenizer=settings.tokenizer, vocab_size=settings.vocab_size, min_freq=settings.min_freq)
+    # format is the number of what decides ids and split; runs go on as long as it stays.
+    corpus = dict(format=2, corpus=file_sha256(path), train_percent=settings.train_percent, seed=settings.seed)
+    trained = corpus | dict(layout=LAYOUT, tokenizer=settings.tokenizer, vocab_size=settings.vocab_size, min_freq=settings.min_freq)
     cache = os.path.join(os.path.dirname(path) or ".", ".cache")
     name = os.path.splitext(os.path.basename(path))[0][:50]
     folder = os.path.join(cache, f"{name}-{_digest(trained)}")
@@ -206,7 +211,7 @@ def manifest(folder):
         with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:
             content = json.load(file)
         whole = all(os.path.getsize(os.path.join(folder, name)) == size for name, size in content["sizes"].items())
-        return content if whole else None
+        return content if whole and content.get("layout") == LAYOUT else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
@@ -217,7 +222,7 @@ def _write_store(folder, path, settings, tokenizer, corpus):
     with open(decoded, "wb") as file, tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc=f"reading {path}",
                                            disable=None) as bar:
         for points, lengths in read_groups(path, bar):
-            points.tofile(file)
+            file.write(points)
             groups.append(lengths)
     count = sum(map(len, groups))
     if count == 0:
@@ -236,36 +241,33 @@ def _write_store(folder, path, settings, tokenizer, corpus):
     if tokenizer is None:
         texts = (points[np.repeat(mask, lengths)] for points, lengths, mask in again("making the vocabulary"))
         tokenizer = tokenizer_module.train(settings.tokenizer, texts, settings.vocab_size, settings.min_freq)
-    parts = {"train": [], "val": []}
-    with open(os.path.join(folder, "train.bin"), "wb") as train, open(os.path.join(folder, "val.bin"), "wb") as val:
-        for points, lengths, mask in again("encoding"):
-            ids, sizes = tokenizer.encode_dialogues(points, lengths)
-            of_token = np.repeat(mask, sizes)
-            ids[of_token].tofile(train)
-            ids[~of_token].tofile(val)
-            parts["train"].append(sizes[mask])
-            parts["val"].append(sizes[~mask])
+    sizes = []
+    with open(os.path.join(folder, "ids.bin"), "wb") as file:
+        for points, lengths, _ in again("encoding"):
+            ids, size = tokenizer.encode_dialogues(points, lengths)
+            file.write(ids)
+            sizes.append(size)
     os.remove(decoded)
-    tokens = {}
-    for part, lengths in parts.items():
-        offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
-        np.save(os.path.join(folder, f"{part}_offsets.npy"), offsets)
-        tokens[part] = int(offsets[-1])
+    sizes, training = np.concatenate(sizes), np.concatenate(training)
+    ends, tokens = np.cumsum(sizes), {}
+    for part, mask in (("train", training), ("val", ~training)):
+        np.save(os.path.join(folder, f"{part}.npy"), np.stack([ends - sizes, ends], axis=1)[mask])
+        tokens[part] = int(sizes[mask].sum())
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
     sizes = {name: os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder)}
-    content = dict(corpus, identity=_identity(corpus, tokenizer), dialogues=count, tokens=tokens, dtype=np.dtype(tokenizer.dtype).name,
-                   sizes=sizes)
+    content = dict(corpus, layout=LAYOUT, identity=_identity(corpus, tokenizer), dialogues=count, tokens=tokens,
+                   dtype=np.dtype(tokenizer.dtype).name, sizes=sizes)
     with open(os.path.join(folder, "manifest.json"), "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
 
 
 class Documents:
-    """The dialogues of one part ("train" or "val") of a token store, memory-mapped."""
+    """The dialogues of one part ("train" or "val") of a token store: `spans` (D, 2) tells where in `ids`, which are memory-mapped
+    and those of the whole corpus, each begins and ends."""
 
     def __init__(self, folder, part):
-        path, dtype = os.path.join(folder, f"{part}.bin"), manifest(folder)["dtype"]
-        self.ids = np.memmap(path, dtype=dtype, mode="r") if os.path.getsize(path) else np.zeros(0, dtype)
-        self.offsets = np.load(os.path.join(folder, f"{part}_offsets.npy"))
+        self.ids = np.memmap(os.path.join(folder, "ids.bin"), dtype=manifest(folder)["dtype"], mode="r")
+        self.spans = np.load(os.path.join(folder, f"{part}.npy"))
 
 
 # Packing
@@ -277,7 +279,7 @@ def cut(documents, block_size):
     last target, and the next begins with that `<sep>` as its first input; so every token but a dialogue's first is a
     target exactly once. An utterance longer than a row is cut where the row ends.
     """
-    starts, lengths = documents.offsets[:-1], np.diff(documents.offsets) - 1
+    starts, lengths = documents.spans[:, 0], np.diff(documents.spans)[:, 0] - 1
     long = lengths > block_size
     more_starts, more_lengths = [], []
     for start, length in zip(starts[long], lengths[long]):

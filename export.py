@@ -46,6 +46,7 @@ def export(path, folder):
                 min_new_tokens=1, max_new_tokens=min(ChatSettings.max_new_tokens, model.config.block_size // 2))),
             ("tokenizer_config", dict(tokenizer_class="PreTrainedTokenizerFast", unk_token=SPECIALS[0], pad_token=SPECIALS[PAD],
                                       eos_token=SPECIALS[PAD], padding_side="left", split_special_tokens=True,
+                                      model_input_names=["input_ids", "attention_mask"],  # transformers 4 would add a third
                                       model_max_length=model.config.block_size, chat_template=CHAT_TEMPLATE))):
         with open(os.path.join(folder, name + ".json"), "w", encoding="utf-8") as file:
             json.dump(content, file, ensure_ascii=False, indent=1)

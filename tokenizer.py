@@ -92,8 +92,9 @@ class CharTokenizer(Tokenizer):
             points = code_points(text)
             some = np.bincount(points)
             new = (some > 0) & (counts[:len(some)] == 0)
-            places = np.flatnonzero(new.take(points))
-            first[points[places[::-1]]] = seen + places[::-1]  # what is written last stays: the first place
+            if new.any():
+                places = np.flatnonzero(new.take(points))
+                first[points[places[::-1]]] = seen + places[::-1]  # what is written last stays: the first place
             counts[:len(some)] += some
             seen, top = seen + len(points), max(top, len(some))
         counts[ord("\n")] = 0
@@ -104,7 +105,7 @@ class CharTokenizer(Tokenizer):
 
     def encode(self, text):
         """(len(text),) ids; characters outside the vocabulary are `<unk>`."""
-        return self.table.take(code_points(text))  # twice as fast as an index
+        return self.table.take(code_points(text), mode="clip")  # no code point is outside, and not to check it is twice as fast
 
     def encode_dialogues(self, points, lengths):
         ids = self.encode(points)

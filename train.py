@@ -66,7 +66,7 @@ def train(settings, runtime, dry_run, begin):
         raise UserError(f"train_batch={settings.train_batch} cannot be split over {runtime.world} processes; use {less}{more}")
     rows = settings.train_batch // runtime.world  # of this process in a step
     describe(settings, runtime, model, epoch, held_out)
-    if settings.patience and not len(held_out.ids):
+    if settings.patience and not len(held_out.spans):
         runtime.say(f"patience={settings.patience} is not used: nothing is held out")
     if dry_run:
         return
@@ -339,7 +339,7 @@ def evaluate(model, held_out, tokenizer, settings, runtime):
 
 def sample_prompts(held_out, tokenizer, block_size, count=3):
     """The first utterances of a few held-out dialogues, as text."""
-    texts = (tokenizer.decode(held_out.ids[begin:end].tolist()).split("\n") for begin, end in itertools.pairwise(held_out.offsets))
+    texts = (tokenizer.decode(held_out.ids[begin:end].tolist()).split("\n") for begin, end in held_out.spans)
     prompts = (text[0] for text in texts if len(text) > 1 and 3 <= len(text[0]) <= 20 and len(tokenizer.encode(text[0])) < block_size)
     return list(itertools.islice(prompts, count))
 
@@ -377,8 +377,8 @@ def describe(settings, runtime, model, epoch, held_out):
             ("machine", f"{runtime.device}, {str(runtime.dtype).removeprefix('torch.')}, processes: {runtime.world}, "
                         f"threads: {torch.get_num_threads()}"),
             ("model", f"{config.arch}, {parameters / 1e6:.2f}M parameters, vocabulary {config.vocab_size}"),
-            ("data", f"{len(epoch.documents.offsets) - 1} dialogues, {positions:,} tokens an epoch in {len(epoch)} rows "
-                     f"({epoch.filling:.2%} filling), {steps} steps; {len(held_out.offsets) - 1} dialogues held out"),
+            ("data", f"{len(epoch.documents.spans)} dialogues, {positions:,} tokens an epoch in {len(epoch)} rows "
+                     f"({epoch.filling:.2%} filling), {steps} steps; {len(held_out.spans)} dialogues held out"),
             ("memory", f"about {parameters * (8 + state) / 2**30:.2f} GiB of weights, gradients and optimizer, and at most "
                        f"{activations / 2**30:.2f} GiB of activations"),
             ("work", f"{model.flops_per_token() / 1e6:.1f} MFLOP a token, "

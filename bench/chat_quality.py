@@ -56,7 +56,7 @@ def held_out(trained, tokenizer, room, count):
     """(ids of the utterances but the last, the last one's text) of held-out dialogues that fit."""
     documents = data.Documents(data.prepare(trained, tokenizer), "val")
     prompts, truths = [], []
-    for begin, end in zip(documents.offsets[:-1], documents.offsets[1:]):
+    for begin, end in documents.spans:
         ids = documents.ids[begin:end - 1].tolist()  # without <pad>
         if SEP not in ids:
             continue

@@ -92,8 +92,9 @@ def contender(settings, documents, vocab_size, runtime, lr=3e-4, batch=16, dropo
     model = GPT2(vocab_size, settings.block_size, settings.n_layer, settings.n_head, settings.n_embd, dropout).to(runtime.device)
 
     def batches():
-        lengths = np.minimum(np.diff(documents.offsets) - 1, settings.block_size)  # real targets: each character's next, or the end
-        starts, rng = documents.offsets[:-1], np.random.default_rng(settings.seed)
+        starts, ends = documents.spans.T
+        lengths = np.minimum(ends - starts - 1, settings.block_size)  # real targets: each character's next, or the end
+        rng = np.random.default_rng(settings.seed)
         while True:
             order = rng.permutation(len(starts))
             for first in range(0, len(order) - batch + 1, batch):

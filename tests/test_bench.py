@@ -26,7 +26,8 @@ def lines(path):
 def in_memory(*dialogues):
     documents = data.Documents.__new__(data.Documents)
     documents.ids = np.array(sum(([*ids, 2] for ids in dialogues), []), dtype=np.uint16)
-    documents.offsets = np.cumsum([0, *(len(ids) + 1 for ids in dialogues)])
+    ends = np.cumsum([len(ids) + 1 for ids in dialogues])
+    documents.spans = np.stack([np.append(0, ends[:-1]), ends], axis=1)
     return documents
 
 

@@ -27,7 +27,8 @@ def in_memory(dialogues):
     documents = data.Documents.__new__(data.Documents)
     ended = [[*ids, PAD] for ids in dialogues]
     documents.ids = np.array([i for ids in ended for i in ids], dtype=np.uint16)
-    documents.offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in ended])]).astype(np.int64)
+    ends = np.cumsum([len(ids) for ids in ended], dtype=np.int64)
+    documents.spans = np.stack([ends - [len(ids) for ids in ended], ends], axis=1)
     return documents
 
 
@@ -71,7 +72,7 @@ def test_a_store_of_jsonl_is_that_of_the_same_text(tmp_path):
     turns = [[dict(role="user", content=text) for text in dialogue] for dialogue in dialogues]
     (tmp_path / "c.jsonl").write_text("\ufeff" + "\r\n".join(json.dumps({"messages": messages}) for messages in turns))
     stores = [data.prepare(make_settings(tmp_path / name)) for name in ("c.txt", "c.jsonl")]
-    for name in ("train.bin", "val.bin", "train_offsets.npy", "tokenizer.json"):
+    for name in ("ids.bin", "train.npy", "val.npy", "tokenizer.json"):
         first, second = (open(os.path.join(store, name), "rb").read() for store in stores)
         assert first == second
 
@@ -85,7 +86,7 @@ def test_half_an_emoji_in_jsonl_becomes_a_question_mark(tmp_path):
 def test_what_a_killed_preparation_left_goes_after_an_hour(tmp_path):
     (tmp_path / "c.txt").write_text("你好\n你好\n\n再见\n再见\n")
     for name, age in (("old", 4000), ("new", 10)):
-        file = tmp_path / ".cache" / f".making-{name}" / "train.bin"
+        file = tmp_path / ".cache" / f".making-{name}" / "ids.bin"
         file.parent.mkdir(parents=True)
         file.write_bytes(b"x")
         for path in (file, file.parent):
@@ -130,7 +131,7 @@ def test_the_store_holds_the_corpus_split_by_dialogue_and_its_vocabulary_is_of_t
     texts = {part: [] for part in ("train", "val")}
     for part, found in texts.items():
         documents = data.Documents(store, part)
-        for begin, end in zip(documents.offsets[:-1], documents.offsets[1:]):
+        for begin, end in documents.spans:
             assert documents.ids[end - 1] == PAD
             found.append(made.decode(documents.ids[begin:end - 1].tolist()))
     corpus = list(data.read_dialogues(str(path)))
@@ -143,8 +144,8 @@ def test_the_store_is_made_once_and_again_when_the_corpus_changes(tmp_path):
     path = tmp_path / "c.txt"
     write_corpus(path)
     first = data.prepare(make_settings(path))
-    stamp = os.stat(os.path.join(first, "train.bin")).st_mtime_ns
-    assert data.prepare(make_settings(path)) == first and os.stat(os.path.join(first, "train.bin")).st_mtime_ns == stamp
+    stamp = os.stat(os.path.join(first, "ids.bin")).st_mtime_ns
+    assert data.prepare(make_settings(path)) == first and os.stat(os.path.join(first, "ids.bin")).st_mtime_ns == stamp
     write_corpus(path, 201)
     assert data.prepare(make_settings(path)) != first
 
@@ -178,12 +179,12 @@ def test_an_epoch_holds_every_token_exactly_once(dialogues, block_size, seed, nu
     for start, length in zip(epoch.starts, epoch.lengths):
         starts[start + 1:start + length + 1] += 1
         ids = documents.ids[start:start + length + 1]
-        ends_dialogue = start + length + 1 in documents.offsets
+        ends_dialogue = start + length + 1 in documents.spans[:, 1]
         if not ends_dialogue and SEP in ids[1:]:
             assert ids[-1] == SEP  # cut between utterances where there is a place for it
         assert ends_dialogue or ids[-1] != PAD  # never a false ending
     expected = np.ones(len(documents.ids), dtype=int)
-    expected[documents.offsets[:-1]] = 0
+    expected[documents.spans[:, 0]] = 0
     assert (starts == expected).all()
 
 
@@ -249,7 +250,7 @@ def test_reading_a_corpus_takes_no_memory_of_its_size(tmp_path, end):
     assert dialogues == 60_000 and kilobytes < 4096  # the file has 4,600, its code points 6,700
 
 
-@pytest.mark.parametrize("damage", ["manifest.json", "train.bin", "val_offsets.npy", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["manifest.json", "ids.bin", "val.npy", "tokenizer.json"])
 @pytest.mark.parametrize("way", ["removed", "emptied"])
 def test_a_store_that_is_not_whole_is_made_again(tmp_path, damage, way):
     (tmp_path / "c.txt").write_text("你好\n你好\n\n再见\n再见\n")
