@@ -16,7 +16,6 @@ import struct
 import sys
 import tempfile
 import time
-import uuid
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +29,6 @@ from tokenizer import PAD, CharTokenizer
 FORMAT = 1
 CHECKED = 4000  # characters of the corpus that check_vocabulary reads
 SURPRISE = 1.0  # nats a character over what a model expects: its own corpus gives 0 or less, a permuted vocabulary 4 or 5
-ABANDONED = 3600  # seconds without a write after which a half-written file belongs to nobody
 
 # Names in the original's state_dict -> ours, applied in this order.
 RENAMED = (
@@ -63,15 +61,14 @@ def save(folder, step, content, keep=2):
     name_also(path, "last.pth")
     for _, old in numbered(folder)[keep + 1:]:  # the newest is last.pth
         os.unlink(old)
-    for old in glob.glob(os.path.join(glob.escape(folder), ".saving-*")):  # of runs that were killed while they saved
-        if time.time() - os.path.getmtime(old) > ABANDONED:
-            os.unlink(old)
+    for left in glob.glob(os.path.join(glob.escape(folder), ".saving-*.pth")):  # by a run that was killed while it saved
+        os.unlink(left)
     return path
 
 
 def write(path, content):
     """Writes `content` as the checkpoint file `path`, which is complete or not there at all."""
-    with whole(path) as temporary, open(temporary, "xb") as file:
+    with whole(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save({"format": FORMAT} | content, file)
         except RuntimeError as error:  # it says "unexpected pos" where the disk is full
@@ -83,20 +80,17 @@ def write(path, content):
 @contextlib.contextmanager
 def whole(path):
     """Gives the name of a temporary file, which becomes `path` at the end and is gone after an error."""
-    temporary = _beside(path)
+    temporary = os.path.join(os.path.dirname(path), f".saving-{os.path.basename(path)}")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)  # of a program that was killed
     try:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or 'is the disk full?'}; what was saved before is whole")
     finally:
-        if os.path.exists(temporary):
+        if os.path.exists(temporary):  # after an error, or where it was a link to `path` already
             os.unlink(temporary)
-
-
-def _beside(path):
-    """A name in the folder of `path` that no other process uses, of this run or of a killed one."""
-    return os.path.join(os.path.dirname(path), f".saving-{uuid.uuid4().hex}")
 
 
 def name_also(path, name):
@@ -104,16 +98,11 @@ def name_also(path, name):
 
     `name` may lead out of the folder: "../best.pth".
     """
-    temporary = _beside(path)
-    try:
+    with whole(os.path.join(os.path.dirname(path), name)) as temporary:
         try:
             os.link(path, temporary)
         except OSError:  # a file system without hard links
             shutil.copyfile(path, temporary)
-        os.replace(temporary, os.path.join(os.path.dirname(path), name))
-    finally:
-        if os.path.exists(temporary):  # replacing a link by a link to the same file does nothing
-            os.unlink(temporary)
 
 
 def numbered(folder):
@@ -125,7 +114,8 @@ def numbered(folder):
 
 def set_aside(folder):
     """Moves an earlier run's checkpoints and figures out of the way of a new one; returns where to, or None if there were none."""
-    names = [name for name in os.listdir(folder) if name.endswith(".pth") or name == "metrics.json"] if os.path.isdir(folder) else []
+    ours = re.compile(r"cpt\d+\.pth|(best|last)\.pth|metrics\.json")
+    names = list(filter(ours.fullmatch, os.listdir(folder))) if os.path.isdir(folder) else []
     if not names:
         return None
     target = os.path.join(folder, time.strftime("before-%Y%m%d-%H%M%S"))
@@ -149,8 +139,8 @@ def load(path):
         raise Damaged(f"{path} is refused: it is damaged, or it would run code of its own on loading")
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError, struct.error) as error:
         passing = isinstance(error, OSError) and error.errno != errno.EINVAL or "allocate memory" in str(error)  # EINVAL: a cut file
-        raise (UserError if passing else Damaged)(
-            f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+        reason = f"{path} cannot be read: " if passing else f"{path} is no checkpoint, or damaged: {type(error).__name__}, "
+        raise (UserError if passing else Damaged)(reason + " ".join(str(error).splitlines()[:1]))
 
 
 def read(path, corpus=None):
@@ -167,21 +157,22 @@ def _ours(content, path, corpus):
     return content
 
 
-def newest(folder, corpus=None):
+def newest(folder, corpus=None, rename=True):
     """(path, content) of the newest checkpoint in `folder` that is not damaged, or (None, None) where there is no checkpoint.
 
-    Those after it get another name, so that the run goes on in its folder as if they had not been written.
+    Those after it get another name if `rename`, so that the run goes on in its folder as if they had not been written.
     """
-    damaged = {}
-    for _, path in numbered(folder):
+    damaged, paths = {}, [path for _, path in numbered(folder)]
+    for path in paths + [path for name in ("last.pth", "best.pth") if os.path.exists(path := os.path.join(folder, name))]:
         try:
             content = load(path)
         except Damaged as error:
             damaged[path] = error
             continue
         for other, error in damaged.items():
-            print(f"warning: {error}; it is now {other}.unreadable, taking the one before", file=sys.stderr)
-            os.replace(other, other + ".unreadable")
+            print(f"warning: {error}; taking {path}{f', and it is now {other}.unreadable' if rename else ''}", file=sys.stderr)
+            if rename:
+                os.replace(other, other + ".unreadable")
         return path, _ours(content, path, corpus)
     if damaged:
         raise UserError(f"no checkpoint in {folder} is whole: {next(iter(damaged.values()))}; leave resume_from=auto out to begin anew")

@@ -437,7 +437,7 @@ def adjust(logits, history, sampling):
         logits[row, ngrams[row, at, -1]] = -math.inf
     if sampling.temperature == 0:
         return logits
-    logits = (logits - logits.max(dim=-1, keepdim=True).values) / sampling.temperature  # a tiny one overflows to -inf only
+    logits = (logits - logits.max(dim=-1, keepdim=True).values) / max(sampling.temperature, 1e-30)  # a smaller one is 0 in float32
     if 0 < sampling.top_k < logits.shape[1]:
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[:, -1:], -math.inf)
     if sampling.min_p > 0:

@@ -92,6 +92,8 @@ def make_optimizers(model, settings, dtype):
 
 def learning_rate(step, done, settings):
     """The factor on every peak learning rate at `step`, when the share `done` (0 to 1) of the run lies behind."""
+    if settings.decay_steps and not settings.max_steps and settings.max_minutes is None:
+        done = step / settings.decay_steps  # the original's way
     floor = settings.min_lr / settings.lr if settings.lr else 0.0
     if settings.schedule == "cosine":
         factor = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
@@ -102,17 +104,10 @@ def learning_rate(step, done, settings):
 
 
 def share_done(settings, steps, minutes, epochs):
-    """How much of the run lies behind, by whichever limit comes first: 1 or more at its end."""
+    """How much of the run lies behind, by whichever of its limits (steps, minutes, epochs) comes first: 1 or more at its end."""
     return max(steps / settings.max_steps if settings.max_steps else 0,
                minutes / max(settings.max_minutes, 1e-9) if settings.max_minutes is not None else 0,
                epochs / settings.max_epoch)
-
-
-def schedule_share(settings, steps, share):
-    """How much of the learning rate's schedule lies behind."""
-    if settings.decay_steps and not settings.max_steps and settings.max_minutes is None:
-        return min(1.0, steps / settings.decay_steps)
-    return share
 
 
 def update(optimizers, scaler, model, settings, keep):

@@ -57,14 +57,14 @@ class Processes:
             others = [f"{session} {rank}" for rank in range(1, self.world)]
             while others and not store.check(others):
                 time.sleep(0.05)
-            store.set(f"{session} all", "")
+            store.set(f"{session} all {self.world}", "")  # their number may have changed with a restart
         else:
             tried = {}
             while True:
                 session = store.get("session").decode() if store.check(["session"]) else None
                 if session and session not in tried:
                     tried[session] = store.add(f"{session} {self.rank}", 1) == 1  # else: that was an earlier process of this rank
-                if tried.get(session) and store.check([f"{session} all"]):
+                if tried.get(session) and store.check([f"{session} all {self.world}"]):
                     break
                 time.sleep(0.05)
         self.store = dist.PrefixStore(session, store)
@@ -105,8 +105,8 @@ class Processes:
         return text
 
     def __exit__(self, kind, error, trace):
-        if full := isinstance(error, torch.OutOfMemoryError):
-            error = UserError(f"rank {self.rank}: the GPU's memory is full; micro_batch=1 holds a row at a time, checkpointing=True takes "
+        if full := isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+            error = UserError(f"rank {self.rank}: the memory is full; micro_batch=1 holds a row at a time, checkpointing=True takes "
                               "a third more time; what was saved is whole")
         if error is None:
             if dist.is_initialized():
@@ -282,7 +282,7 @@ def least(runtime, value):
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM as a wish, looked at between steps: `if stopping: …`. A second Ctrl-C leaves at once.
+    """Ctrl-C, SIGTERM and the terminal's end as a wish, looked at between steps: `if stopping: …`. A second Ctrl-C leaves at once.
 
     The end of the parent is such a wish under torchrun: without it nothing would ever end this process.
     """
@@ -290,14 +290,20 @@ class StopSignal:
     def __init__(self, processes):
         self.name = None
         self.parent = os.getppid() if processes.torchrun else None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._notice)
+        self.terminals = [number for number in (1, 2) if os.isatty(number)]
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
+            if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+                signal.signal(number, self._notice)
 
     def _notice(self, number, frame):
         if self.name is not None and number == signal.SIGINT:
             os.write(2, b"\nleaving at once\n")
             os._exit(130)
         self.name = signal.Signals(number).name
+        if self.name == "SIGHUP":  # what is written to a terminal that has gone is an error
+            for terminal in self.terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
 
     def __bool__(self):
         return self.name is not None or self.parent not in (None, os.getppid())
@@ -345,15 +351,16 @@ def step_bar(runtime, **options):
     return tqdm(disable=not runtime.main, dynamic_ncols=True, unit="step", mininterval=0.5 if sys.stderr.isatty() else 15, **options)
 
 
-def tensorboard(runtime, path):
-    """TensorBoard's Log in the main process; elsewhere, and without a path, one that writes nothing."""
+def tensorboard(runtime, path, step=0):
+    """TensorBoard's Log in the main process; elsewhere, and without a path, one that writes nothing. What an earlier run wrote
+    there of steps after `step` is not shown any more."""
     if path is None or not runtime.main:
         return Log(None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torch.utils.tensorboard import SummaryWriter
     try:
-        return Log(SummaryWriter(path))
+        return Log(SummaryWriter(path, purge_step=step + 1))
     except OSError as error:
         raise UserError(f"tensorboard_path={path} cannot be written: {error.strerror}")
 

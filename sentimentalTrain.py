@@ -21,7 +21,7 @@ import runtime as rt
 import settings as settings_module
 from model import Classifier, extended
 from ngrams import Ngrams
-from optim import learning_rate, make_optimizers, schedule_share, set_learning_rate, share_done, update
+from optim import learning_rate, make_optimizers, set_learning_rate, share_done, update
 from settings import SentimentSettings, UserError
 from tokenizer import SEP
 
@@ -187,7 +187,7 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
             share = share_done(settings, step, minutes, step / steps)
             if share >= 1 and step > 0:
                 break
-            factor = learning_rate(step, schedule_share(settings, step, share), settings)
+            factor = learning_rate(step, share, settings)
             set_learning_rate(optimizers, factor)
 
             # The pieces of a batch, and their random numbers, are the same for one process and for two.

@@ -200,10 +200,10 @@ def build(script, values):
 
 
 def _nearest(name):
-    """The known key that is written most like `name`, or whose help speaks of it."""
-    words = name.replace("_", " ").lower()
-    meant = [f.name for script in SCRIPTS for f in dataclasses.fields(script) if words in f.metadata["help"].lower()]
-    return (difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.6) or meant or difflib.get_close_matches(name, KNOWN, n=1, cutoff=0))[0]
+    """The known key that is most likely meant: other programs' names for it, then what is written most like it."""
+    others = dict(batch_size="train_batch", learning_rate="lr", max_iters="max_steps", iterations="max_steps", epochs="max_epoch",
+                  context="block_size", context_length="block_size", out_dir="checkpoint_root", eval_interval="eval_freq")
+    return others.get(name) or difflib.get_close_matches(name, KNOWN, n=1, cutoff=0)[0]
 
 
 def _check_pairs(settings):

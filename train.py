@@ -16,7 +16,7 @@ import runtime as rt
 import settings as settings_module
 import tokenizer as tokenizer_module
 from model import GPT, GPTConfig, Sampling, generate
-from optim import learning_rate, make_optimizers, schedule_share, set_learning_rate, share_done, update
+from optim import learning_rate, make_optimizers, set_learning_rate, share_done, update
 from settings import TrainSettings, UserError
 
 
@@ -42,29 +42,21 @@ def read_command_line():
 
 def train(settings, runtime, dry_run, begin):
     device = runtime.device
-
-    # Where to go on from, the data, the model: every process does the same.
-    path, saved = find_checkpoint(settings, runtime)
-    settings = keep_split(settings, runtime, path, saved)
-    store, tokenizer = open_store(settings, runtime, path, saved)
-    documents, held_out, identity = data.Documents(store, "train"), data.Documents(store, "val"), data.manifest(store)["identity"]
-    torch.manual_seed(settings.seed)
-    model = make_model(settings, tokenizer, path, saved, runtime)
-    anew = dict(step=0, epoch=0, row=0, tokens=0, minutes=0.0, best=math.inf, worse=0, unscored=False, store=identity)
-    progress = dict(anew)
-    if saved:
-        progress |= saved["progress"]
-        if progress["store"] is None:  # the original's: it kept no place in the data
-            progress["store"] = identity
-        elif saved["progress"].get("store") != identity:  # a classifier's has none
-            runtime.say(f"{settings.data_path} is not what {path} was trained on: a new run with its weights, from step 0")
-            progress, saved["optimizer"] = anew, None
-    epoch = data.Epoch(documents, settings.block_size, settings.seed, progress["epoch"])
     if settings.train_batch % runtime.world:
         more = -(-settings.train_batch // runtime.world) * runtime.world
         less = f"{more - runtime.world} or " if more > runtime.world else ""
         raise UserError(f"train_batch={settings.train_batch} cannot be split over {runtime.world} processes; use {less}{more}")
     rows = settings.train_batch // runtime.world  # of this process in a step
+
+    # Where to go on from, the data, the model: every process does the same.
+    path, saved = find_checkpoint(settings, runtime, rename=not dry_run)
+    settings = keep_split(settings, runtime, path, saved)
+    store, tokenizer = open_store(settings, runtime, path, saved)
+    documents, held_out, identity = data.Documents(store, "train"), data.Documents(store, "val"), data.manifest(store)["identity"]
+    torch.manual_seed(settings.seed)
+    model = make_model(settings, tokenizer, path, saved, runtime)
+    progress, own = starting_point(settings, runtime, path, saved, identity)
+    epoch = data.Epoch(documents, settings.block_size, settings.seed, progress["epoch"])
     describe(settings, runtime, model, epoch, held_out)
     if settings.patience and not len(held_out.spans):
         runtime.say(f"patience={settings.patience} is not used: nothing is held out")
@@ -77,19 +69,8 @@ def train(settings, runtime, dry_run, begin):
     micro_batch = choose_micro_batch(settings, runtime, model, rows)
     optimizers = make_optimizers(model, settings, runtime.dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=runtime.dtype == torch.float16)
-    if saved and saved.get("optimizer"):
-        for optimizer, state in zip(optimizers, saved["optimizer"]):
-            load_optimizer(optimizer, state)
-        if saved.get("scaler"):  # empty where that run needed none
-            scaler.load_state_dict(saved["scaler"])
-    # Going on in the same folder; other folders' files stay untouched, and the original's have no place in the data.
-    # Nor is a file that others of its folder are ahead of: pruning would take what follows it for the oldest.
-    root = os.path.realpath(settings.checkpoint_root)
-    own = (saved and saved["progress"].get("store") == identity and os.path.dirname(os.path.realpath(path)) == root and
-           all(step <= progress["step"] for step, _ in checkpoint.numbered(root)))
-    (own,) = rt.add_up(runtime, bool(own) * runtime.main)  # rank 0's disk decides
-    if not own:
-        progress |= dict(best=math.inf, worse=0)
+    if saved:
+        load_optimizers(optimizers, scaler, saved)
     saved_step, saved_path = progress["step"] if own else -1, path
     metrics = saved["metrics"] if own else {}
     saved = None  # gives its memory back
@@ -98,7 +79,7 @@ def train(settings, runtime, dry_run, begin):
     distributed = rt.distribute(runtime, model)
 
     stopping = rt.StopSignal(runtime.processes)
-    writer = rt.tensorboard(runtime, settings.tensorboard_path)
+    writer = rt.tensorboard(runtime, settings.tensorboard_path, progress["step"])
     peak = rt.peak_flops(runtime)
     samples = sample_prompts(held_out, tokenizer, settings.block_size)
     refused = 0
@@ -111,31 +92,13 @@ def train(settings, runtime, dry_run, begin):
         progress["minutes"], step = minutes, progress["step"]
         share = share_done(settings, step, minutes, progress["epoch"] + progress["row"] / len(epoch))
         finished = (share >= 1 and step > 0) or (settings.patience is not None and progress["worse"] >= settings.patience)
-        due = step > 0 and (step % settings.eval_freq == 0 or progress["unscored"])
-
-        if (due or finished or wish or step % settings.save_freq == 0) and step > 0 and step != saved_step:
-            if runtime.main:
-                if saved_step < 0 and (old := checkpoint.set_aside(settings.checkpoint_root)):
-                    bar.write(f"an earlier run's checkpoints are now in {old}")
-                content = checkpoint.describe(model, tokenizer) | dict(
-                    optimizer=[optimizer.state_dict() for optimizer in optimizers], scaler=scaler.state_dict(),
-                    progress=progress | dict(unscored=bool(due or finished)),  # what follows tells whether it is the best
-                    random=dict(seed=settings.seed), settings=dataclasses.asdict(settings), metrics=metrics)
-                saved_path = checkpoint.save(settings.checkpoint_root, step, content, settings.keep)
-            saved_step = step
-        if wish:
-            bar.close()
-            runtime.say(f"stopped at step {step}: {saved_path or 'nothing to save yet'}; go on with resume_from=auto")
-            break
-        if due or finished:
-            progress["unscored"] = False
-            metrics = evaluate(model, held_out, tokenizer, settings, runtime)
-            if metrics["loss"] < progress["best"] or not metrics["tokens"]:  # with nothing held out, the newest is the best
-                progress |= dict(best=min(metrics["loss"], progress["best"]), worse=0)
-                if runtime.main:
-                    checkpoint.name_also(saved_path, "best.pth")
-            else:
-                progress["worse"] += 1
+        due = (finished or step % settings.eval_freq == 0) and step not in (0, progress["scored"]) and not wish
+        better = False
+        if due:
+            metrics = evaluate(model, held_out, tokenizer, settings, runtime) | dict(step=step)
+            better = metrics["loss"] < progress["best"] or not metrics["tokens"]  # with nothing held out, the newest is the best
+            progress |= dict(scored=step, best=min(progress["best"], metrics["loss"]), worse=0 if better else progress["worse"] + 1)
+            finished = finished or (settings.patience is not None and progress["worse"] >= settings.patience)
             if runtime.main:
                 writer.add_scalar("minutes", minutes, step)
                 if metrics["tokens"]:
@@ -150,8 +113,22 @@ def train(settings, runtime, dry_run, begin):
                 bar.write("\n".join(f"    {prompt}  →  {reply}" for prompt, reply in replies))
                 writer.add_text("replies", "  \n".join(f"{prompt} → {reply}" for prompt, reply in replies), step)
                 writer.flush()
-            tick, tick_tokens = time.perf_counter(), 0
-            finished = finished or (settings.patience is not None and progress["worse"] >= settings.patience)
+
+        if step > 0 and (due or step != saved_step and (finished or wish or step % settings.save_freq == 0)):
+            if runtime.main:
+                if saved_step < 0 and (old := checkpoint.set_aside(settings.checkpoint_root)):
+                    bar.write(f"an earlier run's checkpoints are now in {old}")
+                content = checkpoint.describe(model, tokenizer) | dict(
+                    optimizer=[optimizer.state_dict() for optimizer in optimizers], scaler=scaler.state_dict(), progress=progress,
+                    random=dict(seed=settings.seed), settings=dataclasses.asdict(settings), metrics=metrics)
+                saved_path = checkpoint.save(settings.checkpoint_root, step, content, settings.keep)
+                if better:
+                    checkpoint.name_also(saved_path, "best.pth")
+            saved_step, tick, tick_tokens = step, time.perf_counter(), 0
+        if wish:
+            bar.close()
+            runtime.say(f"stopped at step {step}: {saved_path or 'nothing to save yet'}; go on with resume_from=auto")
+            break
         if finished:
             bar.close()
             best = f", and best.pth with the best validation loss, {progress['best']:.4f}" if math.isfinite(progress["best"]) else ""
@@ -161,7 +138,7 @@ def train(settings, runtime, dry_run, begin):
             break
 
         # One step: the rows [row, row + train_batch) of the epoch, the same whatever the number of processes.
-        factor = learning_rate(step, schedule_share(settings, step, share), settings)
+        factor = learning_rate(step, share, settings)
         set_learning_rate(optimizers, factor)
         rt.seed_step(settings.seed, step, runtime.rank)
         first = progress["row"] + runtime.rank * rows
@@ -208,11 +185,13 @@ def train(settings, runtime, dry_run, begin):
     writer.close()
 
 
-def find_checkpoint(settings, runtime):
+def find_checkpoint(settings, runtime, rename):
     """(path, content) that `resume_from` means, or (None, None): rank 0 decides, and every process reads that file."""
     path, content, corpus = settings.resume_from, None, settings.data_path
-    if runtime.main and path is not None:
-        path, content = checkpoint.newest(settings.checkpoint_root, corpus) if path == "auto" else (path, checkpoint.read(path, corpus))
+    if runtime.main and path == "auto":
+        path, content = checkpoint.newest(settings.checkpoint_root, corpus, rename)
+    elif runtime.main and path is not None:
+        content = checkpoint.read(path, corpus)
     path, *mark = json.loads(runtime.processes.tell(json.dumps([path, content and content.get("progress")])))
     if path is not None and not runtime.main:
         content = checkpoint.read(path, corpus) if os.path.exists(path) else {}
@@ -262,16 +241,42 @@ def make_model(settings, tokenizer, path, saved, runtime):
     return model
 
 
-def load_optimizer(optimizer, state):
-    """Takes over an optimizer's state, but keeps the learning rates and weight decays that the settings ask for."""
-    groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(state)
-    except ValueError as error:
-        raise UserError(f"the checkpoint's optimizer is another one ({error}); use the same `optimizer` (an original's file: adamw), "
-                        "or start anew")
-    for group, kept in zip(optimizer.param_groups, groups):
-        group.update(kept)
+def starting_point(settings, runtime, path, saved, identity):
+    """(progress, own): where the run begins, and whether it goes on in the folder of its checkpoint.
+
+    A new run, and one that has another corpus than its checkpoint (or a classifier) before it, begins at step 0. With the checkpoint's
+    corpus it begins at its step; but from a file of another folder, or one that others of its folder are ahead of, without its best
+    loss: what is in that folder stays, for pruning would take what follows the file for the oldest.
+    """
+    anew = dict(step=0, epoch=0, row=0, tokens=0, minutes=0.0, best=math.inf, worse=0, scored=0, store=identity)
+    if not saved:
+        return anew, False
+    progress = anew | saved["progress"]
+    if progress["store"] is None:  # the original's: it kept no place in the data
+        return progress | dict(store=identity), False
+    if saved["progress"].get("store") != identity:  # a classifier's has none
+        runtime.say(f"{settings.data_path} is not what {path} was trained on: a new run with its weights, from step 0")
+        saved["optimizer"] = None
+        return anew, False
+    root = os.path.realpath(settings.checkpoint_root)
+    own = os.path.dirname(os.path.realpath(path)) == root and all(step <= progress["step"] for step, _ in checkpoint.numbered(root))
+    (own,) = rt.add_up(runtime, own * runtime.main)  # rank 0's disk decides
+    return progress if own else progress | dict(best=math.inf, worse=0, scored=0), bool(own)
+
+
+def load_optimizers(optimizers, scaler, saved):
+    """Takes over the optimizers' states, but keeps the learning rates and weight decays that the settings ask for."""
+    for optimizer, state in zip(optimizers, saved.get("optimizer") or []):
+        groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+        try:
+            optimizer.load_state_dict(state)
+        except ValueError as error:
+            raise UserError(f"the checkpoint's optimizer is another one ({error}); use the same `optimizer` (an original's file: adamw), "
+                            "or start anew")
+        for group, kept in zip(optimizer.param_groups, groups):
+            group.update(kept)
+    if saved.get("optimizer") and saved.get("scaler"):  # empty where that run needed none
+        scaler.load_state_dict(saved["scaler"])
 
 
 def compile_or_say(model, runtime):

@@ -110,11 +110,11 @@ def checkpoint(folder, name="last.pth"):
 
 
 def losses(folder):
-    """{step: training loss} from TensorBoard's files."""
+    """[(step, training loss)] from TensorBoard's files, as its page shows them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(folder)
     events.Reload()
-    return {event.step: event.value for event in events.Scalars("loss/train")}
+    return [(event.step, event.value) for event in events.Scalars("loss/train")]
 
 
 def largest_difference(a, b):

@@ -134,6 +134,20 @@ def test_auto_renames_nothing_that_may_be_whole_and_does_not_begin_anew_by_itsel
     assert [step for step, _ in checkpoint.numbered(str(tmp_path))] == [2, 1]
 
 
+def test_auto_takes_last_pth_and_then_best_pth_where_no_numbered_file_is_whole(tmp_path, capsys):
+    for step in (1, 2):
+        path = checkpoint.save(str(tmp_path), step, make_content(step))
+        if step == 1:
+            checkpoint.name_also(path, "best.pth")
+    for _, path in checkpoint.numbered(str(tmp_path)):
+        os.unlink(path)
+    assert checkpoint.newest(str(tmp_path))[1]["progress"]["step"] == 2
+    (tmp_path / "last.pth").write_bytes(b"half")
+    assert checkpoint.newest(str(tmp_path), rename=False)[1]["progress"]["step"] == 1 and (tmp_path / "last.pth").exists()
+    assert checkpoint.newest(str(tmp_path))[1]["progress"]["step"] == 1 and not (tmp_path / "last.pth").exists()
+    assert capsys.readouterr().err.count("last.pth is no checkpoint, or damaged") == 2
+
+
 @pytest.mark.parametrize("keep", [0, 1, 2, 5])
 def test_so_many_are_kept_beside_the_best_and_the_last(tmp_path, keep):
     folder = str(tmp_path)
@@ -160,10 +174,11 @@ def test_an_earlier_run_is_set_aside_and_stays_readable(tmp_path):
     assert checkpoint.set_aside(str(tmp_path / "none")) is None and checkpoint.set_aside(str(tmp_path)) is None
     path = checkpoint.save(str(tmp_path), 3, make_content(3))
     checkpoint.name_also(path, "best.pth")
-    (tmp_path / "notes.txt").write_text("mine")
+    for name in ("notes.txt", "300M-original.pth", "cpt3.pth.unreadable"):
+        (tmp_path / name).write_text("mine")
     target = checkpoint.set_aside(str(tmp_path))
     assert sorted(os.listdir(target)) == ["best.pth", "cpt3.pth", "last.pth"]
-    assert sorted(os.listdir(tmp_path)) == sorted([os.path.basename(target), "notes.txt"])
+    assert sorted(os.listdir(tmp_path)) == sorted([os.path.basename(target), "notes.txt", "300M-original.pth", "cpt3.pth.unreadable"])
     assert checkpoint.newest(target)[1]["progress"]["step"] == 3 and checkpoint.newest(str(tmp_path)) == (None, None)
     checkpoint.save(str(tmp_path), 1, make_content(1))
     assert checkpoint.set_aside(str(tmp_path)) != target  # within the same second too
@@ -205,13 +220,12 @@ def test_a_kill_at_any_moment_leaves_only_whole_checkpoints(tmp_path):
             assert (content["model"]["weight"] == content["progress"]["step"]).all()
 
 
-def test_what_a_killed_run_left_half_written_is_cleared_later(tmp_path):
-    old, young = tmp_path / ".saving-old", tmp_path / ".saving-young"
-    old.write_bytes(b"half")
-    young.write_bytes(b"half")
-    os.utime(old, (1, 1))
-    checkpoint.save(str(tmp_path), 1, make_content())
-    assert not old.exists() and young.exists()  # the young one may be another run's, at work
+def test_what_a_killed_run_left_half_written_is_cleared_by_the_next_one(tmp_path):
+    for name in (".saving-cpt1.pth", ".saving-cpt9.pth", ".saving-best.pth", ".saving-other.gguf"):
+        (tmp_path / name).write_bytes(b"half")
+    checkpoint.save(str(tmp_path), 1, make_content(1))
+    assert sorted(os.listdir(tmp_path)) == [".saving-other.gguf", "cpt1.pth", "last.pth"]  # an export may be at work
+    assert checkpoint.newest(str(tmp_path))[1]["progress"]["step"] == 1
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from model import GPT, Classifier, GPTConfig
 from optim import BlockMuon, learning_rate, make_optimizers
 from settings import TrainSettings, build
-from train import load_optimizer
+from train import load_optimizers
 
 SHAPES = [(64, 64)] * 3 + [(64, 128)] * 2 + [(128, 64)]
 
@@ -87,7 +87,7 @@ def test_optimizer_state_of_a_run_before_there_were_blocks_is_taken_over():
     state = muon.state_dict()
     del state["param_groups"][0]["blocks"]
     muon, _ = make_optimizers(model, settings, torch.float32)
-    load_optimizer(muon, state)
+    load_optimizers([muon], None, dict(optimizer=[state]))
     assert muon.state[muon.param_groups[0]["params"][-1]]["momentum_buffer"].any()
     muon.step()
 

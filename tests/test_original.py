@@ -208,7 +208,7 @@ def test_the_optimizers_state_goes_on_as_in_the_original(tmp_path, bias):
     content = checkpoint.read(path, corpus)
     model, _ = checkpoint.unpack(content, path)
     (ours,) = make_optimizers(model, build(TrainSettings, dict(lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95)), torch.float32)
-    train.load_optimizer(ours, content["optimizer"][0])
+    train.load_optimizers([ours], None, content)
     ids = torch.randint(3, model.config.vocab_size, (4, 9), generator=torch.Generator().manual_seed(3))
     model.loss(ids[:, :-1], ids[:, 1:]).backward()
     ours.step()
@@ -235,8 +235,8 @@ def test_training_goes_on_from_the_originals_file_and_leaves_it_alone(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "is not what" not in done.stdout
-    assert open(path, "rb").read() == before and sorted(os.listdir(tmp_path)) == ["config.yaml", "corpus.txt", "cpt7.pth", "new"] \
-        or sorted(os.listdir(tmp_path)) == [".cache", "config.yaml", "corpus.txt", "cpt7.pth", "new"]
+    assert open(path, "rb").read() == before
+    assert sorted(os.listdir(tmp_path)) == [".cache", "config.yaml", "corpus.txt", "cpt7.pth", "new"]
     content = checkpoint.read(str(tmp_path / "new" / "last.pth"))
     assert content["progress"]["step"] == 9
     assert content["optimizer"][0]["state"][0]["step"] == 4  # two there, two here

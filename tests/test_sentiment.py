@@ -282,7 +282,7 @@ def test_every_seed_of_given_test_sets_has_a_folder_of_its_own(config, tmp_path,
 
 
 def test_a_run_stopped_between_folds_and_configurations_keeps_the_figures_of_what_ended(config, tmp_path, monkeypatch, capsys):
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     make = checkpoint.make_folder
 
     def interrupted(folder, wish):

@@ -45,7 +45,7 @@ def assert_same_training(folder, reference, metrics="metrics"):
     assert ours["progress"]["step"] == theirs["progress"]["step"] == 30
     assert [ours["progress"][k] for k in ("epoch", "row", "tokens")] == [theirs["progress"][k] for k in ("epoch", "row", "tokens")]
     assert runs.largest_difference(ours, theirs) < 1e-4
-    losses, expected = (runs.losses(f"{f}/tensorboard") for f in (folder, reference))
+    losses, expected = (dict(runs.losses(f"{f}/tensorboard")) for f in (folder, reference))
     assert losses and all(losses[step] == pytest.approx(expected[step], rel=1e-5) for step in losses)
 
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 
+import pexpect
 import pytest
 import torch
 
@@ -19,7 +20,7 @@ import train
 @pytest.fixture
 def trained(tmp_path, monkeypatch, capsys):
     """A function that runs train.py on a tiny corpus in this process: (exit status, output, folder of checkpoints)."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def run(*arguments, **values):
         config = runs.write_config(str(tmp_path), **values)
@@ -95,6 +96,20 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(tmp_path, number):
     assert status == 0 and runs.checkpoint(tmp_path / "checkpoints")["progress"]["step"] == step
 
 
+@pytest.mark.parametrize("ignored", [False, True], ids=["closed", "closed-nohup"])
+def test_a_terminal_that_is_closed_costs_no_step_and_under_nohup_nothing_at_all(tmp_path, ignored):
+    config = runs.write_config(str(tmp_path), save_freq=5, **(dict(max_steps=400) if ignored else {}))
+    program, *arguments = [*(["nohup"] if ignored else []), sys.executable, os.path.join(runs.ROOT, "train.py"), config]
+    terminal = pexpect.spawn(program, arguments, env=os.environ | runs.THREAD, cwd=str(tmp_path))
+    runs.wait_for(lambda: os.path.exists(tmp_path / "checkpoints/cpt5.pth"))
+    before = runs.checkpoint(tmp_path / "checkpoints")["progress"]["step"]
+    os.close(terminal.child_fd)  # the kernel sends SIGHUP, and what is written from now on is an error
+    terminal.child_fd, terminal.closed = -1, True
+    assert os.waitstatus_to_exitcode(os.waitpid(terminal.pid, 0)[1]) == 0
+    step = runs.checkpoint(tmp_path / "checkpoints")["progress"]["step"]
+    assert step == 400 if ignored else step >= before
+
+
 def test_a_second_ctrl_c_leaves_at_once(tmp_path):
     script = tmp_path / "slow.py"  # a step that takes a minute
     script.write_text("import time, settings, train\n"
@@ -110,6 +125,15 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path):
     process.send_signal(signal.SIGINT)
     status, output = runs.finish(process)
     assert status == 130 and "leaving at once" in output and time.monotonic() - begin < 20
+
+
+def test_a_curve_holds_each_step_once_after_a_run_that_began_anew_or_from_before(trained, tmp_path):
+    log = str(tmp_path / "log")
+    trained(max_steps=12, save_freq=3, keep=9, tensorboard_path=log)
+    trained(max_steps=11, tensorboard_path=log, resume_from=str(tmp_path / "checkpoints/cpt6.pth"))
+    assert [step for step, _ in runs.losses(log)] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    trained(max_steps=5, tensorboard_path=log)
+    assert [step for step, _ in runs.losses(log)] == [1, 2, 3, 4, 5]
 
 
 def test_patience_stops_and_names_the_best(trained):
@@ -182,11 +206,12 @@ def test_checkpoints_of_an_earlier_run_are_set_aside(trained):
 
 
 def test_the_best_checkpoint_stays_the_best_when_a_run_goes_on_and_gets_worse(trained):
-    """Also where it ended between two evaluations, so that its own is not in the file."""
-    trained(max_steps=9)
+    trained(max_steps=9, eval_freq=6)
     status, output, folder = trained(max_steps=14, eval_freq=2, lr=3.0, muon_lr=3.0, resume_from="auto")
-    assert status == 0 and "step 9, " in output and "step 14, " in output
-    assert runs.checkpoint(folder, "best.pth")["progress"]["step"] == 9
+    assert status == 0 and "step 9, " not in output and "step 14, " in output
+    best, last = runs.checkpoint(folder, "best.pth"), runs.checkpoint(folder)
+    assert best["progress"]["step"] == best["metrics"]["step"] == 9 and last["metrics"]["step"] == 14
+    assert best["metrics"]["loss"] == best["progress"]["best"] == last["progress"]["best"] < last["metrics"]["loss"]  # each its own
 
 
 @pytest.mark.parametrize("keep", [0, 2])
@@ -260,6 +285,11 @@ def test_a_full_disk_of_tensorboard_costs_its_log_and_not_the_run(tmp_path):
     assert status == 0 and output.count("log ends here: File too large") == 1 and "went on" in output, output
 
 
+def test_a_model_that_no_memory_holds_is_one_line(trained):
+    status, output, _ = trained("--dry-run", n_embd=2**20, n_head=2**10, n_layer=1)
+    assert status == 2 and output.startswith("error: rank 0: the memory is full") and output.count("\n") == 1
+
+
 def test_a_full_gpu_says_what_takes_less_memory(tmp_path):
     script = tmp_path / "full.py"
     script.write_text("import torch, runtime, settings\n"
@@ -268,7 +298,7 @@ def test_a_full_gpu_says_what_takes_less_memory(tmp_path):
                       "        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')\n"
                       "settings.main(work)\n")
     status, output = runs.finish(runs.start(script=str(script)))
-    assert status == 2 and output.startswith("error: rank 0: the GPU's memory is full; micro_batch=1") and output.count("\n") == 1
+    assert status == 2 and output.startswith("error: rank 0: the memory is full; micro_batch=1") and output.count("\n") == 1
 
 
 def test_a_folder_for_checkpoints_that_cannot_be_written_ends_before_the_first_step(trained, tmp_path):
