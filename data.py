@@ -73,13 +73,8 @@ def _read_text(file, _):
     tail, rest, size, block = file.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8), code_points(""), BLOCK, b" "
     while block:
         block = file.read(size)
-        raw = tail + block
-        carriage = raw.rfind(b"\r", 0, -1)  # a last \r may be half an end
-        whole = max(raw.rfind(b"\n"), carriage) + 1 if block else len(raw)  # lines
-        text, tail = _decode(raw[:whole], file.tell() - len(raw)), raw[whole:]
-        if carriage >= 0 or not block:
-            text = text.replace("\r\n", "\n").replace("\r", "\n")
-        points = np.concatenate([rest, code_points(text if block else text + "\n\n")])
+        text, tail = _whole_lines(tail + block, file.tell(), not block)
+        points = np.concatenate([rest, code_points(text)])
         ends = np.flatnonzero(points == NEWLINE) + 1  # of lines
         begins = np.append(0, ends)[:-1]
         blank = ends - begins == 1
@@ -88,13 +83,26 @@ def _read_text(file, _):
         for line in np.flatnonzero(~blank & SPACE.take(points.take(begins))):  # begins with a space: has it anything else?
             if SPACE[points[begins[line]:ends[line]]].all():
                 blank[line], kept[begins[line]:ends[line]] = True, False
-        lines = np.flatnonzero(blank)[-1] + 1 if blank.any() else 0  # up to here all dialogues are whole
-        blank, end = blank[:lines], ends[lines - 1] if lines else 0
-        last = np.flatnonzero(~blank & np.append(blank[1:], True))  # lines of dialogues
-        first = np.flatnonzero(~blank & np.append(True, blank[:-1]))
-        if len(last):
+        # Up to the last blank line every dialogue is whole. The rest waits, for a larger block where that is all.
+        blank = blank[:np.flatnonzero(blank)[-1] + 1 if blank.any() else 0]
+        end, size = (ends[len(blank) - 1], BLOCK) if len(blank) else (0, 2 * size)
+        first = np.flatnonzero(~blank & np.append(True, blank[:-1]))  # lines of dialogues
+        last = np.flatnonzero(~blank & np.append(blank[1:], True))
+        if len(first):
             yield points[:end][kept[:end]], ends[last] - begins[first]
-        rest, size = points[end:], BLOCK if lines else 2 * size  # where no dialogue ends, so that none is looked through again and again
+        rest = points[end:]
+
+
+def _whole_lines(raw, place, last):
+    """(text of the lines of `raw`, bytes of a file up to `place`, each ended by a newline alone, the bytes after them).
+
+    At the `last` of a file a blank line is added."""
+    carriage = raw.rfind(b"\r", 0, -1)  # a last \r may be half an end
+    whole = len(raw) if last else max(raw.rfind(b"\n"), carriage) + 1
+    text = _decode(raw[:whole], place - len(raw))
+    if carriage >= 0 or last:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text + "\n\n" * last, raw[whole:]
 
 
 def _read_jsonl(file, path):
@@ -354,18 +362,17 @@ class Epoch:
         inputs = np.full((end - begin, self.block_size), PAD, dtype=np.int64)
         targets = np.full_like(inputs, IGNORE)
         documents = np.full_like(inputs, -1)
-        first, last = self.first[min(begin, len(self))], self.first[min(end, len(self))]
-        lengths = self.lengths[first:last]
-        flat = np.arange(lengths.sum())
-        before = np.cumsum(lengths) - lengths
-        source = np.repeat(self.starts[first:last] - before, lengths) + flat
-        row_of_piece = np.searchsorted(self.first, np.arange(first, last), side="right") - 1
-        filled_before = self.positions[row_of_piece] - self.positions[min(begin, len(self))]
-        shift = (row_of_piece - begin) * self.block_size - filled_before
-        place = np.repeat(shift, lengths) + flat
-        inputs.flat[place] = self.documents.ids[source]
-        targets.flat[place] = self.documents.ids[source + 1]
-        documents.flat[place] = np.repeat(np.arange(last - first), lengths)
+        begin, end = min(begin, len(self)), min(end, len(self))
+        pieces = slice(self.first[begin], self.first[end])
+        lengths = self.lengths[pieces]
+        number = np.repeat(np.arange(len(lengths)), lengths)  # of its piece, for each real position
+        order = np.arange(len(number))
+        source = (self.starts[pieces] - np.cumsum(lengths) + lengths)[number] + order  # where it stands in documents.ids
+        row = np.searchsorted(self.positions[begin:end + 1] - self.positions[begin], order, side="right") - 1
+        place = row, order - (self.positions[begin:end] - self.positions[begin])[row]  # where it goes
+        inputs[place] = self.documents.ids[source]
+        targets[place] = self.documents.ids[source + 1]
+        documents[place] = number
         return inputs, targets, documents
 
 
