@@ -1,9 +1,6 @@
 """Talk with a checkpoint, at a terminal or through a pipe: python chat.py CONFIG|CHECKPOINT [key=value …]."""
 
-import contextlib
 import dataclasses
-import difflib
-import glob
 import json
 import os
 import signal
@@ -12,7 +9,6 @@ import time
 import unicodedata
 
 import torch
-from tqdm import tqdm
 
 import checkpoint
 import data
@@ -29,7 +25,7 @@ HELP = """\
 /set KEY VALUE   another value, from the next reply on
 /retry           another reply to what you said last
 /undo            takes back what you said last, and the reply
-/save FILE       writes the conversation: .jsonl as messages, anything else an utterance a line
+/save FILE       writes the conversation: .jsonl or .json as messages, anything else an utterance a line
 /load FILE       goes on from such a file
 /stats           speed, time to the first token, context used
 flush            forgets the conversation
@@ -58,6 +54,7 @@ class Conversation:
         self.cached = []  # the ids that the cache was filled with
         self.computed = 0  # positions that went through the model
         self.attempts = 0  # replies so far: each draws other random numbers
+        self.saved = set()  # files that it was written to
         self.interrupted = False  # set it at any time to stop a reply after the token that is being made
         self.tokens, self.seconds, self.first_seconds = 0, 0.0, 0.0  # of the last reply
         self.banned = banned(tokenizer, model.config.vocab_size)
@@ -180,45 +177,23 @@ def main():
 
 
 def find_checkpoint(settings):
-    """The path that `resume_from` means; where there is none, an error that names the command that makes one."""
-    path = settings.resume_from
-    if path is None:
-        raise UserError("resume_from is empty; name a checkpoint: python chat.py checkpoints/demo/best.pth")
+    """The path that `resume_from` means: empty and auto are the best, or the newest, in checkpoint_root."""
+    path = settings.resume_from or "auto"
     if path == "auto" or os.path.isdir(path):
         folder = settings.checkpoint_root if path == "auto" else path
         path = os.path.join(folder, "best.pth")
         if not os.path.isfile(path) and (saved := checkpoint.numbered(folder)):
             path = saved[0][1]
-    if os.path.isfile(path):
-        return path
-    if "pretrained" in path:
-        raise UserError(f"{path} does not exist; this downloads it: python data.py download pretrained")
-    folder = os.path.normpath(os.path.dirname(path) or ".")
-    makes = "train.py config/demo.yaml"
-    for config in sorted(glob.glob("config/*.yaml")):
-        with contextlib.suppress(UserError):  # another file's mistakes are not the matter here
-            values = settings_module.read_yaml(config)
-            if os.path.normpath(str(values.get("checkpoint_root", "checkpoints"))) == folder:
-                makes = f"{'sentimentalTrain.py' if 'sentimental_data_path' in values else 'train.py'} {config}"
-                break
-    raise UserError(f"{path} does not exist; this makes one: python {makes}")
+    return path
 
 
 def load(path, settings):
     """(model, tokenizer) of a checkpoint, on the device and in the precision that the settings ask for."""
     runtime = rt.start(settings)
     model, tokenizer, _ = checkpoint.load_model(path, corpus=settings.data_path)
-    model.requires_grad_(False)
-    bytes_of = lambda parameter: parameter.numel() * parameter.element_size()
-    with tqdm(total=sum(map(bytes_of, model.parameters())), unit="B", unit_scale=True, desc=f"loading {path}", disable=None,
-              leave=False) as bar:
-        for parameter in model.parameters():
-            bar.update(bytes_of(parameter))
-            parameter.data = parameter.data.to(runtime.device, runtime.dtype)
+    model.requires_grad_(False).to(runtime.device, runtime.dtype)
     if settings.quantize:
-        linears = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
-        with tqdm(total=linears, desc=f"quantizing to {settings.quantize}", disable=None, leave=False) as bar:
-            quantize(model, settings.quantize, bar.update)
+        quantize(model, settings.quantize)
     return model, tokenizer
 
 
@@ -342,12 +317,11 @@ def command(conversation, text):
 
 def change(conversation, rest):
     """/set: shows the values, or changes one."""
-    name, _, value = rest.partition(" ")
-    if name:
-        if name not in ADJUSTABLE:
-            near = difflib.get_close_matches(name, ADJUSTABLE, n=1, cutoff=0)[0]
-            raise UserError(f"{name} cannot be set; did you mean {near}? The keys: {', '.join(ADJUSTABLE)}")
-        values = dataclasses.asdict(conversation.settings) | {name: value.removeprefix("=").strip()}
+    name, _, value = rest.replace("=", " ", 1).partition(" ")
+    if name and name not in ADJUSTABLE:
+        raise UserError(f"{name} cannot be set; the keys: {', '.join(ADJUSTABLE)}")
+    if value.strip():
+        values = dataclasses.asdict(conversation.settings) | {name: value.strip()}
         conversation.settings = settings_module.build(ChatSettings, values)
         conversation.attempts = 0 if name == "seed" else conversation.attempts
     print("  ".join(f"{key}={getattr(conversation.settings, key)}" for key in ([name] if name else ADJUSTABLE)))
@@ -360,8 +334,11 @@ def save(conversation, path):
         turns = [dict(role=("user", "assistant")[n % 2], content=text) for n, text in enumerate(texts)]
         content = json.dumps({"messages": turns}, ensure_ascii=False)
     try:
-        with open(path, "w", encoding="utf-8") as file:
+        with open(path, "w" if path in conversation.saved else "x", encoding="utf-8") as file:
+            conversation.saved.add(path)
             file.write(content + "\n")
+    except FileExistsError:
+        raise UserError(f"{path} exists; name a new file")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}")
     conversation.notice(f"({len(texts)} utterances written to {path})")
@@ -370,14 +347,16 @@ def save(conversation, path):
 def load_conversation(conversation, path):
     if not os.path.isfile(path):
         raise UserError(f"there is no file {path}")
-    dialogue = next(data.read_dialogues(path), None)
+    dialogues = data.read_dialogues(path)
+    dialogue, more = next(dialogues, None), next(dialogues, None)
     if dialogue is None:
         raise UserError(f"{path} holds no conversation")
     conversation.flush()
     for text in dialogue.split("\n"):
         conversation.hear(text)
     asked = "; /retry answers the last one" if len(conversation.utterances) % 2 else ""
-    conversation.notice(f"({len(conversation.utterances)} utterances read from {path}{asked})")
+    first = ", its first dialogue" if more else ""
+    conversation.notice(f"({len(conversation.utterances)} utterances read from {path}{first}{asked})")
 
 
 if __name__ == "__main__":

@@ -79,18 +79,23 @@ def write(path, content):
 
 @contextlib.contextmanager
 def whole(path):
-    """Gives the name of a temporary file, which becomes `path` at the end and is gone after an error."""
+    """Gives the name for a temporary file or folder, which becomes `path` at the end and is gone after an error."""
     temporary = os.path.join(os.path.dirname(path), f".saving-{os.path.basename(path)}")
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(temporary)  # of a program that was killed
+    _remove(temporary)  # of a program that was killed
     try:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or 'is the disk full?'}; what was saved before is whole")
     finally:
-        if os.path.exists(temporary):  # after an error, or where it was a link to `path` already
-            os.unlink(temporary)
+        _remove(temporary)  # after an error, or where it was a link to `path` already
+
+
+def _remove(path):
+    if os.path.isdir(path):
+        shutil.rmtree(path)
+    elif os.path.exists(path):
+        os.unlink(path)
 
 
 def name_also(path, name):
@@ -133,8 +138,13 @@ def load(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        way = "download it (python data.py download pretrained)" if "pretrained" in path else "train one (python train.py config/demo.yaml)"
-        raise UserError(f"{path} does not exist; {way} or name another checkpoint")
+        folder = os.path.dirname(path) or "."
+        there = [os.path.basename(name) for name in sorted(glob.glob(os.path.join(glob.escape(folder), "*.pth")))]
+        way = (f"in {folder} there are {', '.join(there)}" if there else "download it: python data.py download pretrained"
+               if os.path.basename(folder) == "pretrained" else "train one, python train.py config/demo.yaml, or name another")
+        raise UserError(f"{path} does not exist; {way}")
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; name a file in it, {os.path.join(path, 'best.pth')} say")
     except pickle.UnpicklingError:
         raise Damaged(f"{path} is refused: it is damaged, or it would run code of its own on loading")
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError, struct.error) as error:

@@ -21,6 +21,7 @@ import urllib.request
 from tqdm import tqdm
 
 import data
+import settings as settings_module
 from settings import FULL, UserError
 
 DRIVE = "https://drive.google.com/uc?id=1nEuew_KNpTMbyy7BO4c8bXMXN351RCPp"
@@ -145,7 +146,7 @@ def check_weights(n_layer):
         import checkpoint  # here: text comes without waiting for torch
         try:
             content = checkpoint.load(path)
-        except UserError as error:
+        except checkpoint.Damaged as error:  # other errors, full memory say, are not the file's
             raise Wrong(str(error).removeprefix(path).strip())
         if not checkpoint.is_original(content) or content["n_layer"] != n_layer:
             raise Wrong(f"is not the published checkpoint of {n_layer} layers")
@@ -207,18 +208,19 @@ def main(arguments=None):
                         help="chat: data/train.txt; sentiment: data/ChnSentiCorp_htl_all.csv; pretrained: checkpoints/pretrained/")
     parser.add_argument("--address", help="fetch chat or sentiment from another address, a mirror's (weights: set HF_ENDPOINT)")
     parser.add_argument("--tries", type=int, default=5, help="how often a file is tried (default: 5)")
-    parser.add_argument("--timeout", type=float, default=30, help="seconds without a byte that end a try (default: 30)")
     options = parser.parse_args(arguments)
     if options.address and options.what not in ("chat", "sentiment"):
         raise UserError(f"--address={options.address} goes with chat or sentiment alone; for the weights set HF_ENDPOINT")
-    if options.tries < 1 or options.timeout <= 0:
-        raise UserError(f"--tries={options.tries} must be at least 1 and --timeout={options.timeout:g} above 0")
     known = files(options.address)
     problems = []
     for file in sum(known.values(), []) if options.what == "all" else known[options.what]:
         try:
-            get(file, options.tries, options.timeout)
+            get(file, options.tries)
         except UserError as error:  # the other files may still be had
             problems.append(str(error))
     if problems:
         raise UserError("\nerror: ".join(problems))
+
+
+if __name__ == "__main__":
+    settings_module.main(main)

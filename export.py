@@ -30,26 +30,29 @@ def export(path, folder):
     except ImportError:
         raise UserError("export.py needs safetensors: python -m pip install safetensors")
     model, tokenizer, _ = checkpoint.load_model(path)
-    if os.path.isdir(folder) and os.listdir(folder):
-        raise UserError(f"{folder} is not empty; name a new folder")
-    checkpoint.make_folder(folder, folder)
+    folder = os.path.normpath(folder)
+    if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
+        raise UserError(f"{folder} exists and is not empty; name a new folder")
+    checkpoint.make_folder(os.path.dirname(folder) or ".", folder)
     weights, config = (qwen3 if model.config.modern else gpt2)(model, tokenizer.size)
     ends = dict(eos_token_id=[SEP, PAD], pad_token_id=PAD, bos_token_id=None)
     config |= ends | dict(vocab_size=tokenizer.size, dtype="float32")
-    with open(os.path.join(folder, "model.safetensors"), "wb") as file:
-        file.write(safetensors.torch.save({name: tensor.contiguous() for name, tensor in weights.items()}, metadata={"format": "pt"}))
-    tokenizer_of(tokenizer).save(os.path.join(folder, "tokenizer.json"))
-    for name, content in (
-            ("config", config),
-            ("generation_config", ends | dict(
-                do_sample=True, temperature=ChatSettings.temperature, top_p=ChatSettings.top_p, top_k=0, suppress_tokens=[UNK],
-                min_new_tokens=1, max_new_tokens=min(ChatSettings.max_new_tokens, model.config.block_size // 2))),
-            ("tokenizer_config", dict(tokenizer_class="PreTrainedTokenizerFast", unk_token=SPECIALS[0], pad_token=SPECIALS[PAD],
-                                      eos_token=SPECIALS[PAD], padding_side="left", split_special_tokens=True,
-                                      model_input_names=["input_ids", "attention_mask"],  # transformers 4 would add a third
-                                      model_max_length=model.config.block_size, chat_template=CHAT_TEMPLATE))):
-        with open(os.path.join(folder, name + ".json"), "w", encoding="utf-8") as file:
-            json.dump(content, file, ensure_ascii=False, indent=1)
+    files = dict(
+        config=config,
+        generation_config=ends | dict(
+            do_sample=True, temperature=ChatSettings.temperature, top_p=ChatSettings.top_p, top_k=0, suppress_tokens=[UNK],
+            min_new_tokens=1, max_new_tokens=min(ChatSettings.max_new_tokens, model.config.block_size // 2)),
+        tokenizer_config=dict(
+            tokenizer_class="PreTrainedTokenizerFast", unk_token=SPECIALS[0], pad_token=SPECIALS[PAD], eos_token=SPECIALS[PAD],
+            padding_side="left", split_special_tokens=True, model_max_length=model.config.block_size, chat_template=CHAT_TEMPLATE,
+            model_input_names=["input_ids", "attention_mask"]))  # transformers 4 would add a third
+    with checkpoint.whole(folder) as temporary:
+        os.mkdir(temporary)
+        with open(os.path.join(temporary, "model.safetensors"), "wb") as file:
+            file.write(safetensors.torch.save({name: tensor.contiguous() for name, tensor in weights.items()}, metadata={"format": "pt"}))
+        for name, content in (files | dict(tokenizer=json.loads(tokenizer_of(tokenizer).to_str()))).items():
+            with open(os.path.join(temporary, name + ".json"), "w", encoding="utf-8") as file:
+                json.dump(content, file, ensure_ascii=False, indent=1)
 
 
 def export_gguf(path, target):

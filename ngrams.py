@@ -70,6 +70,3 @@ class Ngrams:
     def log_probabilities(self, rows):
         """(N, classes) of rows of ids."""
         return (self.features(rows) @ self.weight + self.bias).log_softmax(dim=-1).numpy()
-
-    def state(self):
-        return dict(n=self.n, idf=self.idf, weight=self.weight, bias=self.bias)

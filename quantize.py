@@ -66,7 +66,7 @@ def _eight(groups, dtype):
     return torch.cat([high + 8, low]), torch.cat([16 * scale, scale]), torch.cat([torch.zeros_like(scale), 8 * scale])
 
 
-def quantize(model, kind, progress=lambda: None):
+def quantize(model, kind):
     """Replaces the model's Linears, its output layer too, by packed ones; embeddings are only looked up and stay."""
     if model.embedding.weight.device.type != "cpu":
         raise UserError(f"quantize={kind} is for CPUs; use device=cpu, or leave it out")
@@ -77,5 +77,4 @@ def quantize(model, kind, progress=lambda: None):
                     raise UserError(f"quantize={kind} needs matrices from a multiple of 32 to a multiple of 16; this model has one from "
                                     f"{child.in_features} to {child.out_features}")
                 setattr(module, name, PackedLinear(child, kind))
-                progress()
     return model

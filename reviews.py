@@ -75,17 +75,17 @@ def read_reviews(path):
 
 
 def read_unlabelled(path):
-    """The texts to be classified: a .csv's column review (or its only column), else the lines."""
+    """The texts to be classified: a .csv's column review, else the lines."""
     if not path.lower().endswith(".csv"):
         texts = [line.rstrip("\n") for line in io.StringIO(read_text(path), newline=None)]
     else:
         names, rows = read_table(path)
-        if "review" not in names and len(names) > 1:
+        if "review" not in names:
             raise UserError(f"{path} has no column 'review' but {', '.join(map(repr, names[:5]))}; its first line should name one")
-        column = names.index("review") if "review" in names else 0
+        column = names.index("review")
         texts = [row[column] if len(row) > column else "" for row in rows]
     if not texts:
-        raise UserError(f"{path} holds no review")
+        raise UserError(f"{'standard input' if path == '-' else path} holds no review")
     return texts
 
 

@@ -26,7 +26,6 @@ from settings import SentimentSettings, UserError
 from tokenizer import SEP
 
 NEW = 2  # tokens after the vocabulary: <start> and <extract>
-AT_ONCE = 4096  # reviews that --predict holds
 
 
 def main():
@@ -43,9 +42,10 @@ def start(processes):
     parser.add_argument("--dry-run", action="store_true", help="print settings, size, memory and FLOPs, and stop")
     parser.add_argument("--table", metavar="PATH", default="checkpoints/ablation",
                         help="where the table of several configurations goes, as PATH.md and PATH.png (default: %(default)s)")
-    parser.add_argument("--predict", metavar="FILE", help="label and probability of each review: the column review of a .csv, "
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--predict", metavar="FILE", help="label and probability of each review: the column review of a .csv, "
                         "else each line; - is standard input")
-    parser.add_argument("--predict-text", metavar="TEXT", help="label and probability of this one review")
+    given.add_argument("--predict-text", metavar="TEXT", help="label and probability of this one review")
     options = parser.parse_intermixed_args()
     paths = [word for word in options.config if "=" not in word]
     over = settings_module.overrides(word for word in options.config if "=" in word)
@@ -65,16 +65,17 @@ def start(processes):
     runtime = rt.start(several[0], processes)
     if predicting:
         path = paths[0] if paths[0].endswith(".pth") else os.path.join(several[0].checkpoint_root, "best.pth")
-        given = (options.predict_text or "").encode("utf-8", "replace").decode()  # a shell may pass what is not UTF-8
-        texts = [given] if options.predict_text is not None else data.read_unlabelled(options.predict)
+        text = (options.predict_text or "").encode("utf-8", "replace").decode()  # a shell may pass what is not UTF-8
+        texts = [text] if options.predict_text is not None else data.read_unlabelled(options.predict)
         return predict(path, texts, runtime)
     stopping = rt.StopSignal(processes)
     for settings in several:  # what can be wrong with the last shows before the first has taken hours
-        data.read_reviews(settings.sentimental_data_path)
-        if settings.base_model and not os.path.exists(settings.base_model):
-            checkpoint.load(settings.base_model)  # says so
-    if len(paths) > 1 and runtime.main and not options.dry_run:
-        checkpoint.make_folder(os.path.dirname(options.table) or ".", f"--table {options.table}")
+        check(settings)
+    if runtime.main and not options.dry_run:
+        for settings in several:
+            checkpoint.make_folder(settings.checkpoint_root, f"checkpoint_root={settings.checkpoint_root}")
+        if len(paths) > 1:
+            checkpoint.make_folder(os.path.dirname(options.table) or ".", f"--table {options.table}")
     results = []
     for path, settings in zip(paths, several):
         if len(paths) > 1:
@@ -87,6 +88,18 @@ def start(processes):
         table(paths, several, results, options.table)
     if failed:
         raise failed
+
+
+def check(settings):
+    """A UserError for what is wrong with a configuration, so far as a look at its files tells."""
+    if settings.base_model is None:
+        raise UserError("base_model is not set; name a checkpoint, for example base_model=checkpoints/demo/best.pth")
+    if not os.path.isfile(settings.base_model):
+        checkpoint.load(settings.base_model)  # says so
+    for _, _, training, *_ in data.splits(*data.read_reviews(settings.sentimental_data_path)[:3], settings):
+        if len(training) < settings.train_batch:
+            raise UserError(f"train_batch={settings.train_batch} is more than the {len(training)} reviews of the training part; "
+                            f"use {len(training)} or fewer")
 
 
 def experiment(settings, runtime, stopping, dry_run):
@@ -143,9 +156,6 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
     """One run: fine-tunes on parts[0], chooses the epoch on parts[1], measures once on parts[2]; None if it was stopped."""
     begin, device = time.perf_counter(), runtime.device
     training, validation, test = parts
-    if len(training) < settings.train_batch:
-        raise UserError(f"train_batch={settings.train_batch} is more than the {len(training)} reviews of the training part; "
-                        f"use {len(training)} or fewer")
     torch.manual_seed(seed)
     classifier, tokenizer, block_size = make_classifier(settings, runtime, names)
     whole = [ids.astype(np.int64) for ids in tokenizer.encode_batch(texts)]
@@ -256,8 +266,6 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
 
 def make_classifier(settings, runtime, names):
     """(classifier, tokenizer, block size) from the checkpoint base_model, which is a GPT or a classifier."""
-    if settings.base_model is None:
-        raise UserError("base_model is not set; name a checkpoint, for example base_model=checkpoints/demo/best.pth")
     gpt, tokenizer, meta = checkpoint.load_model(settings.base_model, corpus=settings.data_path)
     earlier = meta.get("classifier")
     gpt = extended(gpt, 0 if earlier else NEW, settings.dropout, like=SEP)
@@ -273,7 +281,7 @@ def make_classifier(settings, runtime, names):
 def save(folder, step, classifier, linear, tokenizer, names, block_size, settings, history):
     """Writes all that prediction needs into one checkpoint, which is also a GPT's."""
     head = dict(head=classifier.classifier.state_dict(), names=names, block_size=block_size, use_mask=classifier.use_mask,
-                causal=classifier.causal, ngrams=linear.state() if linear else None)
+                causal=classifier.causal, ngrams=vars(linear) if linear else None)
     content = checkpoint.describe(classifier.gpt, tokenizer) | dict(
         classifier=head, optimizer=None, scaler=None, progress=dict(step=step, epoch=len(history)),
         random=dict(seed=settings.seed), settings=dataclasses.asdict(settings), metrics=history[-1])
@@ -282,8 +290,6 @@ def save(folder, step, classifier, linear, tokenizer, names, block_size, setting
 
 def load(path):
     """(classifier, its n-gram model or None, tokenizer, what else was saved of it) of a file that `save` wrote."""
-    if not os.path.exists(path):
-        raise UserError(f"{path} does not exist; make one first: python sentimentalTrain.py config/demoSentimental.yaml")
     gpt, tokenizer, meta = checkpoint.load_model(path)
     if "classifier" not in meta:
         raise UserError(f"{path} is no classifier; make one: python sentimentalTrain.py config/demoSentimental.yaml base_model={path}")
@@ -298,18 +304,13 @@ def predict(path, texts, runtime):
     classifier, linear, tokenizer, saved = load(path)
     classifier.to(runtime.device)
     width = None if saved["use_mask"] else saved["block_size"]
-    with tqdm(total=len(texts), unit="review", disable=None if runtime.main else True) as bar:
-        for first in range(0, len(texts), AT_ONCE):
-            part = [text.strip() for text in texts[first:first + AT_ONCE]]
-            real = np.array([i for i, text in enumerate(part) if text], dtype=np.int64)
-            lines = [""] * len(part)
-            if len(real):
-                whole = [ids.astype(np.int64) for ids in tokenizer.encode_batch([part[i] for i in real])]
-                rows = data.encode(whole, classifier.gpt.config.vocab_size - NEW, saved["block_size"])
-                probabilities = classify(classifier, linear, rows, whole, np.arange(len(rows)), 32, width, runtime, bar)
-                for i, row in zip(real, probabilities):
-                    lines[i] = f"{saved['names'][row.argmax()]}\t{row.max():.4f}"
-            runtime.say("\n".join(lines))
+    real = [text for text in map(str.strip, texts) if text]
+    whole = [ids.astype(np.int64) for ids in tokenizer.encode_batch(real)]
+    rows = data.encode(whole, classifier.gpt.config.vocab_size - NEW, saved["block_size"])
+    with tqdm(total=len(rows), unit="review", disable=None if runtime.main else True) as bar:
+        probabilities = iter(classify(classifier, linear, rows, whole, np.arange(len(rows)), 32, width, runtime, bar))
+    tell_best = lambda row: f"{saved['names'][row.argmax()]}\t{row.max():.4f}"
+    runtime.say("\n".join(tell_best(next(probabilities)) if text.strip() else "" for text in texts))
 
 
 @torch.no_grad()

@@ -168,7 +168,7 @@ def _parse(name, value, field, hint):
                                 f"{' and ' if None not in (low, high) else ''}{'' if high is None else f'at most {high}'}")
         return parsed
     plain = {types.NoneType: "empty", int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
-    names = " or ".join(plain.get(kind, f"a list ({kind})") for kind in allowed)
+    names = " or ".join(plain.get(kind, "a list of whole numbers") for kind in allowed)
     raise UserError(f"{name}={value!r} must be {names} ({field.metadata['help']})")
 
 
@@ -224,6 +224,8 @@ def _check_pairs(settings):
         raise UserError(f"micro_batch={settings.micro_batch} must be auto or a number of rows, at least 1")
     if has("train_percent") and not settings.train_percent > 0:
         raise UserError("train_percent=0 leaves nothing to train on; use 0.98, say")
+    if has("sentimental_data_path") and settings.train_percent == 1 and not has("folds") and not has("split_path"):
+        raise UserError("train_percent=1 leaves nothing to test; use 0.8, say")
 
 
 def overrides(pairs):
@@ -256,6 +258,8 @@ def parser(script, usage):
 
 def main(function):
     """Runs a script's `function`; a UserError becomes one line and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a character that the terminal or file has not
     try:
         return function()
     except UserError as error:

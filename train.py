@@ -132,9 +132,9 @@ def train(settings, runtime, dry_run, begin):
         if finished:
             bar.close()
             best = f", and best.pth with the best validation loss, {progress['best']:.4f}" if math.isfinite(progress["best"]) else ""
+            name = "best.pth" if progress["best"] == metrics.get("loss") else "last.pth (it knows its training text better than best.pth)"
             runtime.say(f"finished after {step} steps and {minutes:.1f} minutes: {settings.checkpoint_root}/last.pth{best}\n"
-                        f"talk to it: python chat.py {settings.checkpoint_root}/best.pth "
-                        "(last.pth knows a small training text better)")
+                        f"talk to it: python chat.py {settings.checkpoint_root}/{name}")
             break
 
         # One step: the rows [row, row + train_batch) of the epoch, the same whatever the number of processes.

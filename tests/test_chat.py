@@ -311,10 +311,9 @@ def test_a_pipe_answers_each_line_before_the_next_one_comes(path):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["config/demoChat.yaml", "resume_from=checkpoints/cpu/none.pth"], ["checkpoints/cpu/none.pth", "python train.py config/cpu.yaml"]),
-    (["checkpoints/demoSentimental/none.pth"], ["python sentimentalTrain.py config/demoSentimental.yaml"]),
+    (["config/demoChat.yaml", "resume_from=nowhere/none.pth"], ["nowhere/none.pth does not exist", "python train.py config/demo.yaml"]),
     (["config/chat300M.yaml", "resume_from=nowhere/pretrained/x.pth"], ["nowhere/pretrained/x.pth", "python data.py download pretrained"]),
-    (["config/chat90M.yaml", "resume_from="], ["resume_from is empty"]),
+    (["config/demo.yaml", "checkpoint_root=nowhere"], ["nowhere/best.pth does not exist"]),
     (["chat.py"], ["chat.py is refused"]),
     (["config/nothing.yaml"], ["config/nothing.yaml does not exist"])])
 def test_without_a_checkpoint_it_says_what_makes_one(arguments, words):

@@ -130,7 +130,8 @@ def test_every_command_does_what_help_says(path, tmp_path):
         assert "temperature=0.65" in terminal.say("/set") and "best_of=1" in terminal.text
         assert terminal.say("/retry") == "nothing was said yet"
         assert terminal.say("/set temperature hot").startswith("temperature='hot' must be")
-        assert "did you mean temperature?" in terminal.say("/set temprature 1")
+        assert terminal.say("/set temprature 1").startswith("temprature cannot be set; the keys: temperature, top_k")
+        assert terminal.say("/set temperature") == "temperature=0.65" and terminal.say("/set temperature=0.5") == "temperature=0.5"
         first = terminal.say("你好")
         again = terminal.say("/retry")
         assert first and again and first != again
@@ -140,7 +141,10 @@ def test_every_command_does_what_help_says(path, tmp_path):
         assert terminal.say("/set no_repeat_ngram 2") == "no_repeat_ngram=2"
         assert terminal.say("今天")
         saved = tmp_path / "a b.jsonl"
-        assert "4 utterances written" in terminal.say(f"/save {saved}")
+        assert "4 utterances written" in terminal.say(f"/save {saved}") and "4 utterances written" in terminal.say(f"/save {saved}")
+        (tmp_path / "mine.txt").write_text("mine\n")
+        assert "exists" in terminal.say(f"/save {tmp_path / 'mine.txt'}")
+        assert (tmp_path / "mine.txt").read_text() == "mine\n"
         assert terminal.say("/undo") == "(turns left: 1)"
         assert "turns: 1" in terminal.say("/stats") and "tokens/s" in terminal.text and "first token after" in terminal.text
         assert terminal.say("flush") == "(forgotten)"

@@ -135,8 +135,9 @@ def test_an_exported_classifier_has_no_more_ids_than_its_tokenizer(tmp_path):
     assert theirs.config.vocab_size == ours.size == len(transformers.AutoTokenizer.from_pretrained(str(tmp_path / "out")))
 
 
-def test_a_full_disk_leaves_no_gguf_file_and_one_line(tmp_path):
-    path, target = write_checkpoint(tmp_path, "char", arch="modern"), tmp_path / "out.gguf"
+@pytest.mark.parametrize("name", ["out.gguf", "out"])
+def test_a_full_disk_leaves_nothing_of_an_export_and_one_line(tmp_path, name):
+    path, target = write_checkpoint(tmp_path, "char", arch="modern"), tmp_path / name
     command = f"ulimit -f 64; exec {sys.executable} {export.__file__} {path} {target}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith(f"error: {target} cannot be written") and done.stderr.count("\n") == 1

@@ -212,7 +212,7 @@ def test_ngrams_stay_within_a_review_and_learn_what_single_tokens_cannot():
     assert offsets.tolist() == [0, 3] and together[3:].tolist() == alone.tolist()
     model = ngrams.Ngrams.train([one, two] * 5, np.array([0, 1] * 5), 2, 2)
     assert model.log_probabilities([one, two]).argmax(axis=1).tolist() == [0, 1]
-    again = ngrams.Ngrams(**model.state())
+    again = ngrams.Ngrams(**vars(model))
     assert (again.log_probabilities([one]) == model.log_probabilities([one])).all()
 
 
@@ -297,7 +297,7 @@ def test_a_run_stopped_between_folds_and_configurations_keeps_the_figures_of_wha
     for number, handler in handlers.items():
         signal.signal(number, handler)
     assert len(metrics(tmp_path / "one")["runs"]) == 3 and len(metrics(tmp_path / "two")["runs"]) == 2
-    assert (tmp_path / "two" / "best.pth").exists() and not (tmp_path / "three").exists()
+    assert (tmp_path / "two" / "best.pth").exists() and not os.listdir(tmp_path / "three")
     assert "2 of 3 runs: test accuracy" in capsys.readouterr().out
     table = (tmp_path / "t.md").read_text()
     assert "two (2 of 3 runs)" in table and "three" not in table
@@ -312,7 +312,7 @@ def test_an_error_in_a_later_run_keeps_the_figures_of_what_ended(config, tmp_pat
     with pytest.raises(UserError, match="cannot be written"):
         run(monkeypatch, *paths, "seeds=[7,8,9]", "max_epoch=1", "--table", str(tmp_path / "t"))
     assert len(metrics(tmp_path / "one")["runs"]) == 3 and len(metrics(tmp_path / "two")["runs"]) == 1
-    assert (tmp_path / "two" / "best.pth").exists() and not (tmp_path / "three").exists()
+    assert (tmp_path / "two" / "best.pth").exists() and not os.listdir(tmp_path / "three")
     table = (tmp_path / "t.md").read_text()
     assert "| one " in table and "| two (1 of 3 runs)" in table
 
@@ -325,10 +325,14 @@ def test_figures_of_an_earlier_run_go_aside_with_its_checkpoints(config, tmp_pat
 
 
 def test_what_is_wrong_with_the_last_configuration_shows_before_the_first_is_trained(config, tmp_path, monkeypatch):
-    (tmp_path / "last.yaml").write_text(open(config).read().replace("cpt1.pth", "none.pth"))
-    with pytest.raises(UserError, match="none.pth does not exist"):
-        run(monkeypatch, config, str(tmp_path / "last.yaml"))
-    assert not (tmp_path / "out").exists()
+    written = open(config).read()
+    for text, words in ((written.replace("cpt1.pth", "none.pth"), "none.pth does not exist"), (written + "base_model: none\n", "base_model is not set"),
+                        (written + "train_batch: 10000\n", "train_batch=10000 is more than the"),
+                        (written + "train_percent: 1\n", "train_percent=1 leaves nothing to test")):
+        (tmp_path / "last.yaml").write_text(text)
+        with pytest.raises(UserError, match=words):
+            run(monkeypatch, config, str(tmp_path / "last.yaml"))
+        assert not (tmp_path / "out").exists()
 
 
 def test_lines_to_predict_end_at_line_ends_only(tmp_path):
@@ -336,6 +340,9 @@ def test_lines_to_predict_end_at_line_ends_only(tmp_path):
     (tmp_path / "in.CSV").write_text("\nreview\n好\n\n差\n", encoding="utf-8")
     assert reviews.read_unlabelled(str(tmp_path / "in.txt")) == ["好\u2028坏", "\x0b", "差"]
     assert reviews.read_unlabelled(str(tmp_path / "in.CSV")) == ["好", "", "差"]
+    (tmp_path / "bare.csv").write_text("好\n差\n", encoding="utf-8")
+    with pytest.raises(UserError, match="no column 'review'"):  # its first line is no heading to be left out
+        reviews.read_unlabelled(str(tmp_path / "bare.csv"))
 
 
 def test_a_classifier_still_talks(config, tmp_path, monkeypatch):
