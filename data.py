@@ -78,18 +78,18 @@ def _read_text(file, _):
         ends = np.flatnonzero(points == NEWLINE) + 1  # of lines
         begins = np.append(0, ends)[:-1]
         blank = ends - begins == 1
-        kept = np.ones(len(points), dtype=bool)
-        kept[begins[blank]] = False
+        gone = [begins[blank]]
         for line in np.flatnonzero(~blank & SPACE.take(points.take(begins))):  # begins with a space: has it anything else?
             if SPACE[points[begins[line]:ends[line]]].all():
-                blank[line], kept[begins[line]:ends[line]] = True, False
+                blank[line] = True
+                gone.append(np.arange(begins[line], ends[line]))
         # Up to the last blank line every dialogue is whole. The rest waits, for a larger block where that is all.
         blank = blank[:np.flatnonzero(blank)[-1] + 1 if blank.any() else 0]
         end, size = (ends[len(blank) - 1], BLOCK) if len(blank) else (0, 2 * size)
         first = np.flatnonzero(~blank & np.append(True, blank[:-1]))  # lines of dialogues
         last = np.flatnonzero(~blank & np.append(blank[1:], True))
         if len(first):
-            yield points[:end][kept[:end]], ends[last] - begins[first]
+            yield np.delete(points[:end], np.concatenate(gone)), ends[last] - begins[first]
         rest = points[end:]
 
 
@@ -257,10 +257,9 @@ def _write_store(folder, path, settings, tokenizer, corpus):
             sizes.append(size)
     os.remove(decoded)
     sizes, training = np.concatenate(sizes), np.concatenate(training)
-    ends, tokens = np.cumsum(sizes), {}
-    for part, mask in (("train", training), ("val", ~training)):
-        np.save(os.path.join(folder, f"{part}.npy"), np.stack([ends - sizes, ends], axis=1)[mask])
-        tokens[part] = int(sizes[mask].sum())
+    np.save(os.path.join(folder, "offsets.npy"), np.append(0, np.cumsum(sizes)))
+    np.save(os.path.join(folder, "training.npy"), training)
+    tokens = dict(train=int(sizes.sum(where=training)), val=int(sizes.sum(where=~training)))
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
     sizes = {name: os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder)}
     content = dict(corpus, layout=LAYOUT, identity=_identity(corpus, tokenizer), dialogues=count, tokens=tokens,
@@ -275,7 +274,8 @@ class Documents:
 
     def __init__(self, folder, part):
         self.ids = np.memmap(os.path.join(folder, "ids.bin"), dtype=manifest(folder)["dtype"], mode="r")
-        self.spans = np.load(os.path.join(folder, f"{part}.npy"))
+        offsets, training = (np.load(os.path.join(folder, f"{name}.npy")) for name in ("offsets", "training"))
+        self.spans = np.stack([offsets[:-1], offsets[1:]], axis=1)[training if part == "train" else ~training]
 
 
 # Packing

@@ -4,7 +4,6 @@ A script's work stands in `with Processes() as processes:`, and begins with `run
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import os
 import platform
@@ -172,7 +171,6 @@ class Runtime:
 def start(settings, processes=None):
     """The Runtime of this process; joins the group of `processes` when torchrun started it."""
     processes = processes or Processes()
-    tune_allocator()
     quiet = processes.rank > 0
     device = pick_device(settings.device, processes.local_rank, quiet)
     if device.type == "cuda":
@@ -246,16 +244,6 @@ def pick_dtype(name, device, quiet=False):
         return torch.float32
     able = torch.cpu.get_capabilities()
     return torch.bfloat16 if able.get("amx_bf16") or able.get("avx512_bf16") else torch.float32
-
-
-def tune_allocator():
-    """Keeps glibc's malloc from giving pages back and faulting them in anew at every step: a fifth of a CPU step."""
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return  # not glibc
-    for parameter, value in ((-1, 2**31 - 1), (-2, 256 << 20), (-4, 0)):  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
-        mallopt(parameter, value)
 
 
 def seed_step(seed, step, rank):

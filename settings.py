@@ -1,6 +1,7 @@
 """Settings: flat YAML plus `key=value` overrides, checked, into one frozen dataclass per script."""
 
 import argparse
+import ctypes
 import dataclasses
 import difflib
 import errno
@@ -256,10 +257,21 @@ def parser(script, usage):
         formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def tune_allocator():
+    """Keeps glibc's malloc from giving pages back and faulting them in anew each time: a fifth of a training step on a CPU."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return  # not glibc
+    for parameter, value in ((-1, 2**31 - 1), (-2, 256 << 20), (-4, 0)):  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
+        mallopt(parameter, value)
+
+
 def main(function):
     """Runs a script's `function`; a UserError becomes one line and exit status 2."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a character that the terminal or file has not
+    tune_allocator()
     try:
         return function()
     except UserError as error:

@@ -78,34 +78,35 @@ class CharTokenizer(Tokenizer):
         self.vocabulary = characters
         self.size = len(SPECIALS) + len(characters)
         self.pieces = [b"\xef\xbf\xbd", b"\n", b""] + [c.encode("utf-8", "surrogatepass") for c in characters]
-        self.table = np.zeros(CODE_POINTS, dtype=self.dtype)  # code point -> id
-        self.table[code_points(characters)] = np.arange(3, self.size)
+        points = code_points(characters)
+        self.table = np.zeros(points.max(initial=ord("\n")) + 2, dtype=self.dtype)  # code point -> id; the last place is for all above
+        self.table[points] = np.arange(3, self.size)
         self.table[ord("\n")] = SEP
 
     @classmethod
     def train(cls, texts, vocab_size=None, min_freq=1):
         """From an iterable of texts, or arrays of code points: characters by falling frequency, ties by first appearance."""
-        counts = np.zeros(CODE_POINTS, dtype=np.int64)
-        first = np.zeros(CODE_POINTS, dtype=np.int64)  # place of first appearance
-        seen = top = 0
+        counts, first, seen = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), 0  # first: place of first appearance
         for text in texts:
             points = code_points(text)
-            some = np.bincount(points)
-            new = (some > 0) & (counts[:len(some)] == 0)
+            some = np.bincount(points, minlength=len(counts))
+            if len(some) > len(counts):  # a higher code point than any before
+                counts, first = (np.pad(array, (0, len(some) - len(array))) for array in (counts, first))
+            new = (some > 0) & (counts == 0)
             if new.any():
                 places = np.flatnonzero(new.take(points))
                 first[points[places[::-1]]] = seen + places[::-1]  # what is written last stays: the first place
-            counts[:len(some)] += some
-            seen, top = seen + len(points), max(top, len(some))
-        counts[ord("\n")] = 0
-        found = np.flatnonzero(counts[:top] >= max(1, min_freq))  # what is above has never been touched: it costs no memory
+            counts += some
+            seen += len(points)
+        counts[ord("\n"):ord("\n") + 1] = 0
+        found = np.flatnonzero(counts >= max(1, min_freq))
         order = found[np.lexsort((first[found], -counts[found]))]
         order = order[:None if vocab_size is None else vocab_size - len(SPECIALS)]
         return cls(text_of(order.astype(np.uint32)))
 
     def encode(self, text):
         """(len(text),) ids; characters outside the vocabulary are `<unk>`."""
-        return self.table.take(code_points(text), mode="clip")  # no code point is outside, and not to check it is twice as fast
+        return self.table.take(code_points(text), mode="clip")
 
     def encode_dialogues(self, points, lengths):
         ids = self.encode(points)

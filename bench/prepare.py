@@ -60,7 +60,8 @@ def child(way, path, block_size):
         for name in ("numpy.random", "multiprocessing.synchronize"):  # torch has long imported them in train.py
             importlib.import_module(name)
         import data
-        from settings import TrainSettings
+        from settings import TrainSettings, tune_allocator
+        tune_allocator()  # as every script does
         prepare = lambda: data.prepare(TrainSettings(data_path=path, block_size=block_size))
     else:
         prepare = lambda: originals_way(path, block_size)

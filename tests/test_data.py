@@ -72,7 +72,7 @@ def test_a_store_of_jsonl_is_that_of_the_same_text(tmp_path):
     turns = [[dict(role="user", content=text) for text in dialogue] for dialogue in dialogues]
     (tmp_path / "c.jsonl").write_text("\ufeff" + "\r\n".join(json.dumps({"messages": messages}) for messages in turns))
     stores = [data.prepare(make_settings(tmp_path / name)) for name in ("c.txt", "c.jsonl")]
-    for name in ("ids.bin", "train.npy", "val.npy", "tokenizer.json"):
+    for name in ("ids.bin", "offsets.npy", "training.npy", "tokenizer.json"):
         first, second = (open(os.path.join(store, name), "rb").read() for store in stores)
         assert first == second
 
@@ -250,7 +250,7 @@ def test_reading_a_corpus_takes_no_memory_of_its_size(tmp_path, end):
     assert dialogues == 60_000 and kilobytes < 4096  # the file has 4,600, its code points 6,700
 
 
-@pytest.mark.parametrize("damage", ["manifest.json", "ids.bin", "val.npy", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["manifest.json", "ids.bin", "training.npy", "tokenizer.json"])
 @pytest.mark.parametrize("way", ["removed", "emptied"])
 def test_a_store_that_is_not_whole_is_made_again(tmp_path, damage, way):
     (tmp_path / "c.txt").write_text("你好\n你好\n\n再见\n再见\n")

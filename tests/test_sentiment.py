@@ -326,7 +326,8 @@ def test_figures_of_an_earlier_run_go_aside_with_its_checkpoints(config, tmp_pat
 
 def test_what_is_wrong_with_the_last_configuration_shows_before_the_first_is_trained(config, tmp_path, monkeypatch):
     written = open(config).read()
-    for text, words in ((written.replace("cpt1.pth", "none.pth"), "none.pth does not exist"), (written + "base_model: none\n", "base_model is not set"),
+    for text, words in ((written.replace("cpt1.pth", "none.pth"), "none.pth does not exist"),
+                        (written + "base_model: none\n", "base_model is not set"),
                         (written + "train_batch: 10000\n", "train_batch=10000 is more than the"),
                         (written + "train_percent: 1\n", "train_percent=1 leaves nothing to test")):
         (tmp_path / "last.yaml").write_text(text)
