@@ -177,6 +177,7 @@ def test_ctrl_c_stops_the_reply_and_keeps_what_was_said(talker, tmp_path):
         assert terminal.leave("\x04") == 0
 
 
+@pytest.mark.soak
 def test_two_hundred_turns(path, tmp_path):
     with Terminal(path, tmp_path / "history", "max_new_tokens=8") as terminal:
         for turn in range(200):

@@ -124,7 +124,7 @@ def test_auto_falls_back_from_a_damaged_newest_file_with_a_warning(tmp_path, cap
 def test_auto_renames_nothing_that_may_be_whole_and_does_not_begin_anew_by_itself(tmp_path):
     checkpoint.save(str(tmp_path), 1, make_content(1))
     (tmp_path / "cpt2.pth").mkdir()  # cannot be read, as by a disk that does not answer
-    with pytest.raises(UserError, match="cpt2.pth cannot be read"):
+    with pytest.raises(UserError, match="cpt2.pth is a folder"):
         checkpoint.newest(str(tmp_path))
     (tmp_path / "cpt2.pth").rmdir()
     for name in ("cpt1.pth", "cpt2.pth"):
