@@ -54,7 +54,6 @@ class Conversation:
         self.cached = []  # the ids that the cache was filled with
         self.computed = 0  # positions that went through the model
         self.attempts = 0  # replies so far: each draws other random numbers
-        self.saved = set()  # files that it was written to
         self.interrupted = False  # set it at any time to stop a reply after the token that is being made
         self.tokens, self.seconds, self.first_seconds = 0, 0.0, 0.0  # of the last reply
         self.banned = banned(tokenizer, model.config.vocab_size)
@@ -62,6 +61,7 @@ class Conversation:
 
     def flush(self):
         self.utterances, self.first = [], 0
+        self.saved = set()  # files that hold this conversation
 
     def hear(self, text):
         """The next utterance; its newlines are spaces, for a newline would end it."""
@@ -356,6 +356,8 @@ def load_conversation(conversation, path):
         conversation.hear(text)
     asked = "; /retry answers the last one" if len(conversation.utterances) % 2 else ""
     first = ", its first dialogue" if more else ""
+    if not more:
+        conversation.saved.add(path)
     conversation.notice(f"({len(conversation.utterances)} utterances read from {path}{first}{asked})")
 
 

@@ -61,7 +61,7 @@ def save(folder, step, content, keep=2):
     name_also(path, "last.pth")
     for _, old in numbered(folder)[keep + 1:]:  # the newest is last.pth
         os.unlink(old)
-    for left in glob.glob(os.path.join(glob.escape(folder), ".saving-*.pth")):  # by a run that was killed while it saved
+    for left in glob.glob(os.path.join(glob.escape(folder), ".saving-cpt*.pth")):  # by a run that was killed while it saved
         os.unlink(left)
     return path
 
@@ -140,9 +140,11 @@ def load(path):
     except FileNotFoundError:
         folder = os.path.dirname(path) or "."
         there = [os.path.basename(name) for name in sorted(glob.glob(os.path.join(glob.escape(folder), "*.pth")))]
-        way = (f"in {folder} there are {', '.join(there)}" if there else "download it: python data.py download pretrained"
-               if os.path.basename(folder) == "pretrained" else "train one, python train.py config/demo.yaml, or name another")
-        raise UserError(f"{path} does not exist; {way}")
+        if there:
+            raise UserError(f"{path} does not exist; in {folder} there are {', '.join(there)}")
+        pretrained = os.path.basename(folder) == "pretrained"
+        raise UserError(f"{path} does not exist; "
+                        + ("download it: python data.py download pretrained" if pretrained else "train one first, or name another"))
     except IsADirectoryError:
         raise UserError(f"{path} is a folder; name a file in it, {os.path.join(path, 'best.pth')} say")
     except pickle.UnpicklingError:
@@ -172,15 +174,16 @@ def newest(folder, corpus=None, rename=True):
 
     Those after it get another name if `rename`, so that the run goes on in its folder as if they had not been written.
     """
-    damaged, paths = {}, [path for _, path in numbered(folder)]
-    for path in paths + [path for name in ("last.pth", "best.pth") if os.path.exists(path := os.path.join(folder, name))]:
+    damaged, paths = {}, [path for _, path in numbered(folder)] + [os.path.join(folder, name) for name in ("last.pth", "best.pth")]
+    for path in filter(os.path.exists, paths):
         try:
             content = load(path)
         except Damaged as error:
             damaged[path] = error
             continue
         for other, error in damaged.items():
-            print(f"warning: {error}; taking {path}{f', and it is now {other}.unreadable' if rename else ''}", file=sys.stderr)
+            renamed = f", and it is now {other}.unreadable" if rename else ""
+            print(f"warning: {error}; taking {path}{renamed}", file=sys.stderr)
             if rename:
                 os.replace(other, other + ".unreadable")
         return path, _ours(content, path, corpus)

@@ -170,7 +170,7 @@ def prepare(settings, tokenizer=None):
         _, tokenizer = checkpoint.unpack(checkpoint.read(settings.tokenizer, path), settings.tokenizer)
     elif tokenizer is None and settings.tokenizer not in ("char", "bpe"):
         tokenizer = tokenizer_module.load(settings.tokenizer)
-    # format is the number of what decides ids and split; runs go on as long as it stays.
+    # To be raised: format when ids or the split would change, for older runs then cannot go on; LAYOUT when only the files do.
     corpus = dict(format=2, corpus=file_sha256(path), train_percent=settings.train_percent, seed=settings.seed)
     trained = corpus | dict(layout=LAYOUT, tokenizer=settings.tokenizer, vocab_size=settings.vocab_size, min_freq=settings.min_freq)
     cache = os.path.join(os.path.dirname(path) or ".", ".cache")
@@ -269,8 +269,8 @@ def _write_store(folder, path, settings, tokenizer, corpus):
 
 
 class Documents:
-    """The dialogues of one part ("train" or "val") of a token store: `spans` (D, 2) tells where in `ids`, which are memory-mapped
-    and those of the whole corpus, each begins and ends."""
+    """One part ("train" or "val") of a token store. `ids`: the whole corpus, memory-mapped. `spans` (D, 2): begin and end in `ids`
+    of this part's dialogues."""
 
     def __init__(self, folder, part):
         self.ids = np.memmap(os.path.join(folder, "ids.bin"), dtype=manifest(folder)["dtype"], mode="r")

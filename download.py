@@ -215,7 +215,7 @@ def main(arguments=None):
     problems = []
     for file in sum(known.values(), []) if options.what == "all" else known[options.what]:
         try:
-            get(file, options.tries)
+            get(file, max(1, options.tries))
         except UserError as error:  # the other files may still be had
             problems.append(str(error))
     if problems:

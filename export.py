@@ -24,15 +24,15 @@ CHAT_TEMPLATE = ("{% for message in messages if message['role'] != 'system' %}"
 
 
 def export(path, folder):
-    """Writes the GPT of the checkpoint `path` (a classifier's too, without its head) to a folder that is new or empty."""
+    """Writes the GPT of the checkpoint `path` (a classifier's too, without its head) to the new folder `folder`."""
     try:
         import safetensors.torch
     except ImportError:
         raise UserError("export.py needs safetensors: python -m pip install safetensors")
     model, tokenizer, _ = checkpoint.load_model(path)
     folder = os.path.normpath(folder)
-    if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
-        raise UserError(f"{folder} exists and is not empty; name a new folder")
+    if os.path.lexists(folder):
+        raise UserError(f"{folder} exists; name a new folder")
     checkpoint.make_folder(os.path.dirname(folder) or ".", folder)
     weights, config = (qwen3 if model.config.modern else gpt2)(model, tokenizer.size)
     ends = dict(eos_token_id=[SEP, PAD], pad_token_id=PAD, bos_token_id=None)
@@ -197,7 +197,7 @@ def tokenizer_of(ours):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("checkpoint", help="a .pth of train.py or sentimentalTrain.py")
-    parser.add_argument("target", help="a folder, new or empty, for config.json, model.safetensors and tokenizer.json; or a new file "
+    parser.add_argument("target", help="a new folder for config.json, model.safetensors and tokenizer.json; or a new file "
                         "NAME.gguf")
     options = parser.parse_args()
     write, reader = export, "transformers' AutoModelForCausalLM and AutoTokenizer"

@@ -104,7 +104,8 @@ class Processes:
         return text
 
     def __exit__(self, kind, error, trace):
-        if full := isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+        if full := isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+                "can't allocate memory" in str(error) and not isinstance(error, UserError)):
             error = UserError(f"rank {self.rank}: the memory is full; micro_batch=1 holds a row at a time, checkpointing=True takes "
                               "a third more time; what was saved is whole")
         if error is None:
@@ -340,8 +341,8 @@ def step_bar(runtime, **options):
 
 
 def tensorboard(runtime, path, step=0):
-    """TensorBoard's Log in the main process; elsewhere, and without a path, one that writes nothing. What an earlier run wrote
-    there of steps after `step` is not shown any more."""
+    """TensorBoard's Log in the main process; elsewhere, and without a path, one that writes nothing. It hides what
+    earlier runs wrote there for later steps than `step`."""
     if path is None or not runtime.main:
         return Log(None)
     with warnings.catch_warnings():

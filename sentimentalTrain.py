@@ -96,7 +96,8 @@ def check(settings):
         raise UserError("base_model is not set; name a checkpoint, for example base_model=checkpoints/demo/best.pth")
     if not os.path.isfile(settings.base_model):
         checkpoint.load(settings.base_model)  # says so
-    for _, _, training, *_ in data.splits(*data.read_reviews(settings.sentimental_data_path)[:3], settings):
+    texts, labels, names, _ = data.read_reviews(settings.sentimental_data_path)
+    for _, _, training, *_ in data.splits(texts, labels, names, settings):
         if len(training) < settings.train_batch:
             raise UserError(f"train_batch={settings.train_batch} is more than the {len(training)} reviews of the training part; "
                             f"use {len(training)} or fewer")
@@ -308,9 +309,9 @@ def predict(path, texts, runtime):
     whole = [ids.astype(np.int64) for ids in tokenizer.encode_batch(real)]
     rows = data.encode(whole, classifier.gpt.config.vocab_size - NEW, saved["block_size"])
     with tqdm(total=len(rows), unit="review", disable=None if runtime.main else True) as bar:
-        probabilities = iter(classify(classifier, linear, rows, whole, np.arange(len(rows)), 32, width, runtime, bar))
-    tell_best = lambda row: f"{saved['names'][row.argmax()]}\t{row.max():.4f}"
-    runtime.say("\n".join(tell_best(next(probabilities)) if text.strip() else "" for text in texts))
+        probabilities = classify(classifier, linear, rows, whole, np.arange(len(rows)), 32, width, runtime, bar)
+    lines = iter(f"{saved['names'][row.argmax()]}\t{row.max():.4f}" for row in probabilities)
+    runtime.say("\n".join(next(lines) if text.strip() else "" for text in texts))
 
 
 @torch.no_grad()
@@ -331,7 +332,7 @@ def classify(classifier, linear, rows, whole, members, batch_size, width, runtim
             bar.update(len(batch))
     classifier.train()
     logs = np.array(rt.add_up(runtime, *logs.ravel())).reshape(logs.shape)
-    if linear is not None:
+    if linear is not None and len(members):
         logs = (logs + linear.log_probabilities([whole[i] for i in members])) / 2
     probabilities = np.exp(logs - logs.max(axis=1, keepdims=True))
     return probabilities / probabilities.sum(axis=1, keepdims=True)

@@ -270,7 +270,8 @@ def tune_allocator():
 def main(function):
     """Runs a script's `function`; a UserError becomes one line and exit status 2."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a character that the terminal or file has not
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="replace")  # a character that the terminal or file has not
     tune_allocator()
     try:
         return function()

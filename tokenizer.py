@@ -98,7 +98,7 @@ class CharTokenizer(Tokenizer):
                 first[points[places[::-1]]] = seen + places[::-1]  # what is written last stays: the first place
             counts += some
             seen += len(points)
-        counts[ord("\n"):ord("\n") + 1] = 0
+        counts[ord("\n"):ord("\n") + 1] = 0  # a slice: the array may be shorter
         found = np.flatnonzero(counts >= max(1, min_freq))
         order = found[np.lexsort((first[found], -counts[found]))]
         order = order[:None if vocab_size is None else vocab_size - len(SPECIALS)]

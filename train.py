@@ -92,9 +92,9 @@ def train(settings, runtime, dry_run, begin):
         progress["minutes"], step = minutes, progress["step"]
         share = share_done(settings, step, minutes, progress["epoch"] + progress["row"] / len(epoch))
         finished = (share >= 1 and step > 0) or (settings.patience is not None and progress["worse"] >= settings.patience)
-        due = (finished or step % settings.eval_freq == 0) and step not in (0, progress["scored"]) and not wish
+        due = not wish and step not in (0, progress["scored"]) and (finished or step % settings.eval_freq == 0)
         better = False
-        if due:
+        if due and saved_step >= 0:
             metrics = evaluate(model, held_out, tokenizer, settings, runtime) | dict(step=step)
             better = metrics["loss"] < progress["best"] or not metrics["tokens"]  # with nothing held out, the newest is the best
             progress |= dict(scored=step, best=min(progress["best"], metrics["loss"]), worse=0 if better else progress["worse"] + 1)
@@ -114,7 +114,7 @@ def train(settings, runtime, dry_run, begin):
                 writer.add_text("replies", "  \n".join(f"{prompt} → {reply}" for prompt, reply in replies), step)
                 writer.flush()
 
-        if step > 0 and (due or step != saved_step and (finished or wish or step % settings.save_freq == 0)):
+        if due or step not in (0, saved_step) and (finished or wish or step % settings.save_freq == 0):
             if runtime.main:
                 if saved_step < 0 and (old := checkpoint.set_aside(settings.checkpoint_root)):
                     bar.write(f"an earlier run's checkpoints are now in {old}")
@@ -125,6 +125,8 @@ def train(settings, runtime, dry_run, begin):
                 if better:
                     checkpoint.name_also(saved_path, "best.pth")
             saved_step, tick, tick_tokens = step, time.perf_counter(), 0
+        if due and progress["scored"] != step:
+            continue  # now that something is saved: the first evaluation may need more memory than there is
         if wish:
             bar.close()
             runtime.say(f"stopped at step {step}: {saved_path or 'nothing to save yet'}; go on with resume_from=auto")
@@ -132,7 +134,8 @@ def train(settings, runtime, dry_run, begin):
         if finished:
             bar.close()
             best = f", and best.pth with the best validation loss, {progress['best']:.4f}" if math.isfinite(progress["best"]) else ""
-            name = "best.pth" if progress["best"] == metrics.get("loss") else "last.pth (it knows its training text better than best.pth)"
+            last = "last.pth" + (" (it knows its training text better than best.pth)" if best else "")
+            name = "best.pth" if progress["best"] == metrics.get("loss") or best and settings.patience else last
             runtime.say(f"finished after {step} steps and {minutes:.1f} minutes: {settings.checkpoint_root}/last.pth{best}\n"
                         f"talk to it: python chat.py {settings.checkpoint_root}/{name}")
             break
@@ -244,9 +247,9 @@ def make_model(settings, tokenizer, path, saved, runtime):
 def starting_point(settings, runtime, path, saved, identity):
     """(progress, own): where the run begins, and whether it goes on in the folder of its checkpoint.
 
-    A new run, and one that has another corpus than its checkpoint (or a classifier) before it, begins at step 0. With the checkpoint's
-    corpus it begins at its step; but from a file of another folder, or one that others of its folder are ahead of, without its best
-    loss: what is in that folder stays, for pruning would take what follows the file for the oldest.
+    A new run, and one on another corpus than its checkpoint's (or from a classifier), begins at step 0; else it begins at its
+    checkpoint's step. It does not go on in the folder where that is another's, or has later files: then it counts its best anew, and its
+    first save sets aside what lies in checkpoint_root, for pruning would take the later files for the newest.
     """
     anew = dict(step=0, epoch=0, row=0, tokens=0, minutes=0.0, best=math.inf, worse=0, scored=0, store=identity)
     if not saved:

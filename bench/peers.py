@@ -32,10 +32,11 @@ def nanogpt(settings, documents, vocab_size, runtime, lr=1e-3, compile=True):
 
     def batches():
         rng, place = np.random.default_rng(settings.seed), np.arange(settings.block_size)
+        stream = np.concatenate([documents.ids[begin:end] for begin, end in documents.spans]).astype(np.int64)
         while True:
-            begins = rng.integers(len(documents.ids) - settings.block_size, size=settings.train_batch)
+            begins = rng.integers(len(stream) - settings.block_size, size=settings.train_batch)
             rows = begins[:, None] + place
-            yield (documents.ids[rows].astype(np.int64), documents.ids[rows + 1].astype(np.int64)), rows.size
+            yield (stream[rows], stream[rows + 1]), rows.size
 
     return common.Contender(model, [original.adamw(model, lr, fused=True)], batches(),
                             *step_functions(model, model, runtime, compile), runtime)

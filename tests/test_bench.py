@@ -63,6 +63,16 @@ def test_our_loss_of_a_packed_row_is_the_shared_score():
     assert common.score(model.loss, documents, 32, torch.device("cpu")) == pytest.approx(packed, rel=1e-5)
 
 
+def test_nanogpts_way_draws_from_the_training_part_alone():
+    import common
+    import peers
+    settings = common.settings_module.build(common.TrainSettings, dict(n_layer=1, n_head=2, n_embd=16, block_size=8, device="cpu"))
+    documents = in_memory(list(range(10, 30)), [40] * 90)
+    documents.spans = documents.spans[:1]
+    (inputs, targets), count = next(peers.nanogpt(settings, documents, 64, rt.start(settings), compile=False).batches)
+    assert set(inputs.flat) <= set(range(10, 30)) and set(targets.flat) <= {2, *range(10, 30)} and count == targets.size
+
+
 def test_the_original_recipe_trains_on_pads_and_goes_on_with_the_batch_that_comes_next():
     import common
     import original

@@ -311,7 +311,7 @@ def test_a_pipe_answers_each_line_before_the_next_one_comes(path):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["config/demoChat.yaml", "resume_from=nowhere/none.pth"], ["nowhere/none.pth does not exist", "python train.py config/demo.yaml"]),
+    (["config/demoChat.yaml", "resume_from=nowhere/none.pth"], ["nowhere/none.pth does not exist; train one first"]),
     (["config/chat300M.yaml", "resume_from=nowhere/pretrained/x.pth"], ["nowhere/pretrained/x.pth", "python data.py download pretrained"]),
     (["config/demo.yaml", "checkpoint_root=nowhere"], ["nowhere/best.pth does not exist"]),
     (["chat.py"], ["chat.py is refused"]),

@@ -221,10 +221,10 @@ def test_a_kill_at_any_moment_leaves_only_whole_checkpoints(tmp_path):
 
 
 def test_what_a_killed_run_left_half_written_is_cleared_by_the_next_one(tmp_path):
-    for name in (".saving-cpt1.pth", ".saving-cpt9.pth", ".saving-best.pth", ".saving-other.gguf"):
+    for name in (".saving-cpt1.pth", ".saving-cpt9.pth", ".saving-last.pth", ".saving-mine.pth"):
         (tmp_path / name).write_bytes(b"half")
     checkpoint.save(str(tmp_path), 1, make_content(1))
-    assert sorted(os.listdir(tmp_path)) == [".saving-other.gguf", "cpt1.pth", "last.pth"]  # an export may be at work
+    assert sorted(os.listdir(tmp_path)) == [".saving-mine.pth", "cpt1.pth", "last.pth"]  # another program may be at work
     assert checkpoint.newest(str(tmp_path))[1]["progress"]["step"] == 1
 
 

@@ -156,7 +156,7 @@ def test_bpe_without_merges_which_llama_cpp_refuses_is_said_and_nothing_written(
 
 def test_export_writes_into_no_folder_that_holds_something(tmp_path):
     path = write_checkpoint(tmp_path, "char", arch="modern")
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match="exists; name a new folder"):
         export.export(path, str(tmp_path))
     assert sorted(os.listdir(tmp_path)) == ["corpus.txt", "random.pth"]
 

@@ -252,6 +252,8 @@ def test_a_run_learns_reports_and_predicts(config, tmp_path, monkeypatch, capsys
     assert all(0.5 <= float(line.split("\t")[1]) <= 1 for line in lines if line)
     run(monkeypatch, config, "--predict-text", texts[1])
     assert capsys.readouterr().out == lines[1] + "\n"
+    run(monkeypatch, config, "--predict-text", " ")
+    assert capsys.readouterr().out == "\n"
 
 
 def test_a_file_written_by_a_run_gives_the_tested_accuracy_by_itself(config, tmp_path, monkeypatch, capsys):

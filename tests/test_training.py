@@ -285,6 +285,17 @@ def test_a_full_disk_of_tensorboard_costs_its_log_and_not_the_run(tmp_path):
     assert status == 0 and output.count("log ends here: File too large") == 1 and "went on" in output, output
 
 
+def test_a_first_evaluation_that_memory_does_not_hold_costs_no_step(trained, monkeypatch):
+    def evaluate(*_):
+        raise MemoryError
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    status, output, folder = trained(eval_freq=5)
+    assert status == 2 and "the memory is full" in output and runs.checkpoint(folder)["progress"]["step"] == 5
+    monkeypatch.undo()
+    status, output, _ = trained(eval_freq=5, max_steps=7, resume_from="auto")
+    assert status == 0 and "step 5, " in output and "step 7, " in output
+
+
 def test_a_model_that_no_memory_holds_is_one_line(trained):
     status, output, _ = trained("--dry-run", n_embd=2**20, n_head=2**10, n_layer=1)
     assert status == 2 and output.startswith("error: rank 0: the memory is full") and output.count("\n") == 1
