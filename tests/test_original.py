@@ -182,6 +182,7 @@ def convert(*arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.soak
 def test_convert_makes_the_file_self_contained(tmp_path):
     path, corpus, reference, _ = write_original(tmp_path, steps=1)
     target = str(tmp_path / "new" / "out.pth")

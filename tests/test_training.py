@@ -256,6 +256,7 @@ def test_going_on_keeps_the_dialogues_that_are_held_out(trained):
     assert runs.checkpoint(folder)["progress"]["step"] == 6
 
 
+@pytest.mark.soak
 def test_a_full_disk_ends_in_one_line_and_leaves_what_was_saved(tmp_path):
     config = runs.write_config(str(tmp_path), max_steps=4)
     runs.run(config)
