@@ -142,9 +142,9 @@ def load(path):
         there = [os.path.basename(name) for name in sorted(glob.glob(os.path.join(glob.escape(folder), "*.pth")))]
         if there:
             raise UserError(f"{path} does not exist; in {folder} there are {', '.join(there)}")
-        pretrained = os.path.basename(folder) == "pretrained"
-        raise UserError(f"{path} does not exist; "
-                        + ("download it: python data.py download pretrained" if pretrained else "train one first, or name another"))
+        if os.path.basename(folder) == "pretrained":
+            raise UserError(f"{path} does not exist; download it: python data.py download pretrained")
+        raise UserError(f"{path} does not exist; train one first (python train.py CONFIG), or name another")
     except IsADirectoryError:
         raise UserError(f"{path} is a folder; name a file in it, {os.path.join(path, 'best.pth')} say")
     except pickle.UnpicklingError:

@@ -98,7 +98,6 @@ def train(settings, runtime, dry_run, begin):
             metrics = evaluate(model, held_out, tokenizer, settings, runtime) | dict(step=step)
             better = metrics["loss"] < progress["best"] or not metrics["tokens"]  # with nothing held out, the newest is the best
             progress |= dict(scored=step, best=min(progress["best"], metrics["loss"]), worse=0 if better else progress["worse"] + 1)
-            finished = finished or (settings.patience is not None and progress["worse"] >= settings.patience)
             if runtime.main:
                 writer.add_scalar("minutes", minutes, step)
                 if metrics["tokens"]:
@@ -125,8 +124,8 @@ def train(settings, runtime, dry_run, begin):
                 if better:
                     checkpoint.name_also(saved_path, "best.pth")
             saved_step, tick, tick_tokens = step, time.perf_counter(), 0
-        if due and progress["scored"] != step:
-            continue  # now that something is saved: the first evaluation may need more memory than there is
+        if due:  # evaluate, now that something is saved: memory may not hold it; or see whether patience is at its end
+            continue
         if wish:
             bar.close()
             runtime.say(f"stopped at step {step}: {saved_path or 'nothing to save yet'}; go on with resume_from=auto")
