@@ -366,14 +366,25 @@ class Epoch:
         pieces = slice(self.first[begin], self.first[end])
         lengths = self.lengths[pieces]
         number = np.repeat(np.arange(len(lengths)), lengths)  # of its piece, for each real position
-        order = np.arange(len(number))
-        source = (self.starts[pieces] - np.cumsum(lengths) + lengths)[number] + order  # where it stands in documents.ids
+        source, order = self._sources(pieces), np.arange(len(number))
         row = np.searchsorted(self.positions[begin:end + 1] - self.positions[begin], order, side="right") - 1
         place = row, order - (self.positions[begin:end] - self.positions[begin])[row]  # where it goes
         inputs[place] = self.documents.ids[source]
         targets[place] = self.documents.ids[source + 1]
         documents[place] = number
         return inputs, targets, documents
+
+    def _sources(self, pieces):
+        """Where in documents.ids the positions of a slice of pieces stand."""
+        lengths = self.lengths[pieces]
+        return np.repeat(self.starts[pieces] - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
+
+    def bigrams(self, most=1 << 22):
+        """Which token follows which, and how often, in about `most` positions, sorted: (first (N,), second (N,), count (N,))."""
+        sources = self._sources(slice(self.first[min(len(self), -(-most // self.block_size))]))
+        pairs = self.documents.ids[sources].astype(np.int64) << 32 | self.documents.ids[sources + 1]
+        pairs, count = np.unique(pairs, return_counts=True)
+        return pairs >> 32, pairs & 0xFFFFFFFF, count
 
 
 def main():

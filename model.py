@@ -271,6 +271,46 @@ class GPT(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    @torch.no_grad()
+    def start_from_bigrams(self, first, second, count, prior=500.0):
+        """Sets embedding and output layer so that a token's logits are about the log-probabilities of what follows it.
+
+        `first`, `second`, `count` (N,), sorted: pairs of tokens and how often they occur. Smoothed by `prior` tokens drawn from
+        the unigram distribution u, log P(v | t) is log u(v) + log(1 + count / (prior u(v))) and a constant of t: a vector and a
+        sparse matrix. The embedding is that matrix's best approximation of low rank, weighted by the frequency of both tokens
+        (compare Levy and Goldberg 2014), and a constant; the output layer is the least-squares fit to its normalised rows. For
+        modern blocks, which begin by adding nothing, and an output layer of its own. The numbers are from bench/LOG.md.
+        """
+        V, C = self.config.vocab_size, self.config.n_embd
+        exact = dict(dtype=torch.float64)  # in float32 the number of threads would turn the axes
+        count = count.to(**exact)
+        frequency, unigram = torch.ones(V, **exact).index_add(0, first, count), torch.full((V,), 0.5, **exact).index_add(0, second, count)
+        frequency, unigram = frequency[:, None] / frequency.sum(), unigram / unigram.sum()  # (V, 1), (V,)
+        score = torch.log1p(count / (prior * unigram[second]))
+
+        def sparse(values):
+            return torch.sparse_coo_tensor(torch.stack([first, second]), values, (V, V), is_coalesced=True, check_invariants=False)
+
+        weighted = sparse(score * (frequency[first, 0] * unigram[second]).sqrt())
+        basis = torch.randn(V, min(C - 1, V), **exact)  # becomes the largest right singular vectors (Halko et al. 2011)
+        for _ in range(2):
+            basis = torch.linalg.qr(weighted.t() @ (weighted @ basis)).Q.contiguous()  # sparse products want it so
+        left = weighted @ basis
+        left = left @ torch.linalg.eigh(left.t() @ left).eigenvectors  # AdamW learns faster along singular vectors
+        left /= frequency.sqrt()  # (V, C - 1)
+        mean_norm = (frequency.t() @ left.norm(dim=1)).item()
+        rows = 0.3 * mean_norm / math.sqrt(C) * torch.randn(V, C, **exact)  # stays where the vocabulary is smaller than the width
+        rows[:, :left.shape[1]] = left
+        rows[:, -1] = 0.3 * mean_norm  # carries the unigrams; rare tokens have little else
+        rows = rms_norm(rows)
+        by_frequency = (rows * frequency).t()  # (C, V)
+        gram = by_frequency @ rows
+        gram += 1e-4 * gram.diagonal().mean() * torch.eye(C)
+        target = (sparse(score).t() @ by_frequency.t()).t()  # (C, V)
+        target += by_frequency.sum(dim=1, keepdim=True) * (unigram.log() - unigram.log().mean())
+        self.head.weight[:V] = torch.linalg.solve(gram, target).t()
+        self.embedding.weight[:V] = 0.1 * rows  # look-ups are normalised: this is for the size of AdamW's steps
+
     def compile_parts(self):
         """Compiles block and loss in place: one compilation serves all blocks, and DDP's hooks still run block by block."""
         for block in self.blocks:

@@ -82,6 +82,7 @@ class TrainSettings(Training):
     n_embd: int = key(256, "width", low=1)
     bias: bool = key(True, "gpt2: biases in Linear and LayerNorm (modern has none)")
     tied: bool | None = key(None, "output layer shares the token embedding; empty: gpt2 yes, modern no")
+    bigram_start: bool = key(True, "a new modern model with an output layer of its own starts from which token follows which in the corpus")
     tokenizer: str = key("char", "char, bpe, or the path of a tokenizer or checkpoint to take it from")
     vocab_size: int | None = key(None, "largest vocabulary; empty: all characters (bpe: 8000)", low=4, high=2**31 - 1)
     min_freq: int = key(1, "char: rarer characters become <unk>; bpe: rarer pairs (under 2 at least) are not joined", low=1, high=2**31 - 1)

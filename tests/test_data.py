@@ -1,3 +1,4 @@
+import collections
 import itertools
 import json
 import os
@@ -197,6 +198,16 @@ def test_batches_are_slices_of_the_epoch_whatever_their_size(dialogues, block_si
         part = epoch.batch(begin, min(begin + size, len(epoch)))
         for a, b in zip(part[:2], whole[:2]):
             assert (a == b[begin:begin + size]).all()
+
+
+@given(st.lists(dialogue, min_size=1, max_size=20), st.integers(4, 30))
+@hypothesis_settings(deadline=None)
+def test_bigrams_are_counted_inside_dialogues_alone(dialogues, block_size):
+    first, second, count = data.Epoch(in_memory(dialogues), block_size, 0, 0).bigrams()
+    expected = collections.Counter(pair for ids in dialogues for pair in itertools.pairwise([*ids, PAD]))
+    assert dict(zip(zip(first.tolist(), second.tolist()), count.tolist())) == expected
+    first, _, count = data.Epoch(in_memory(dialogues), block_size, 0, 0).bigrams(most=1)
+    assert 0 < count.sum() <= block_size  # of one row
 
 
 def test_the_order_is_a_function_of_seed_and_epoch_alone():

@@ -27,6 +27,29 @@ def test_an_untrained_model_thinks_all_tokens_equally_likely(tied):
     assert model.loss(ids[:, :-1], ids[:, 1:]).item() / 256 == pytest.approx(math.log(100), abs=0.15)
 
 
+@pytest.mark.parametrize(("vocab_size", "within"), [(400, 0.09), (40, 0.02)])
+def test_a_start_from_bigrams_predicts_what_follows_before_the_first_step(vocab_size, within):
+    """Held-out text of Markov chains, whose tokens are as unequally frequent as words: of what lies between the unigrams' loss
+    and the chains' entropy only the share `within` is left."""
+    torch.manual_seed(0)
+    likely = (torch.randn(vocab_size, 12) @ torch.randn(12, vocab_size) - 1.5 * torch.arange(1, vocab_size + 1).log()).softmax(dim=1)
+    chains = [torch.zeros(64, dtype=torch.long)]
+    for _ in range(1000):
+        chains.append(likely[chains[-1]].multinomial(1)[:, 0])
+    text = torch.stack(chains, dim=1)  # (64, 1001)
+    known, ids = text[:48], text[48:, :641].unfold(1, 65, 64).flatten(0, 1)
+    pairs, count = torch.stack([known[:, :-1].flatten(), known[:, 1:].flatten()]).unique(dim=1, return_counts=True)
+    model = GPT(GPTConfig(vocab_size, arch="modern", n_layer=2, n_embd=64, tied=False))
+    model.start_from_bigrams(*pairs, count, prior=20.0)
+    assert (model.embedding.weight[:vocab_size].std(dim=0) > 1e-3).sum() >= 60  # no part of the width lies idle
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    with torch.no_grad():
+        loss = model.loss(inputs, targets).item() / targets.numel()
+    unigrams = -(known[:, 1:].flatten().bincount(minlength=vocab_size) + 0.5).div(48_000).log()[targets].mean().item()
+    entropy = -likely[inputs, targets].log().mean().item()
+    assert entropy < loss < entropy + within * (unigrams - entropy), (entropy, loss, unigrams)
+
+
 @pytest.mark.parametrize(("shape", "tied", "millions", "within"), [((12, 12, None, 768), True, 90, 3), ((26, 15, None, 960), None, 300, 6)])
 @pytest.mark.parametrize("arch", ["gpt2", "modern"])
 def test_the_published_shapes_have_their_sizes(shape, tied, millions, within, arch):

@@ -188,6 +188,14 @@ def test_a_dry_run_tells_and_writes_nothing_but_the_token_store(trained, tmp_pat
     assert sorted(os.listdir(tmp_path)) == [".cache", "config.yaml", "corpus.txt"]
 
 
+def test_a_new_model_starts_from_the_bigrams_of_its_corpus_unless_told_otherwise(trained):
+    losses = []
+    for start in (True, False):
+        _, _, folder = trained(bigram_start=start, lr=0, muon_lr=0, max_steps=1)
+        losses.append(runs.checkpoint(folder)["metrics"]["loss"])
+    assert losses[0] < losses[1] - 0.2
+
+
 def test_accumulation_equals_one_batch(trained):
     _, _, folder = trained(max_steps=20)
     whole = runs.checkpoint(folder)
