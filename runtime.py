@@ -5,6 +5,8 @@ A script's work stands in `with Processes() as processes:`, and begins with `run
 
 import contextlib
 import dataclasses
+import errno
+import io
 import os
 import platform
 import re
@@ -270,6 +272,18 @@ def least(runtime, value):
     return int(smallest)
 
 
+class _Terminal(io.FileIO):
+    """A terminal that may be closed, before SIGHUP is noticed even: what is written then is lost, which is no error."""
+
+    def write(self, content):
+        try:
+            return super().write(content)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return len(content)
+
+
 class StopSignal:
     """Ctrl-C, SIGTERM and the terminal's end as a wish, looked at between steps: `if stopping: …`. A second Ctrl-C leaves at once.
 
@@ -279,7 +293,10 @@ class StopSignal:
     def __init__(self, processes):
         self.name = None
         self.parent = os.getppid() if processes.torchrun else None
-        self.terminals = [number for number in (1, 2) if os.isatty(number)]
+        for name in ("stdout", "stderr"):
+            if (stream := getattr(sys, name)).isatty():
+                terminal = io.BufferedWriter(_Terminal(stream.fileno(), "w", closefd=False))
+                setattr(sys, name, io.TextIOWrapper(terminal, stream.encoding, "replace", line_buffering=True))
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
             if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
@@ -290,9 +307,6 @@ class StopSignal:
             os.write(2, b"\nleaving at once\n")
             os._exit(130)
         self.name = signal.Signals(number).name
-        if self.name == "SIGHUP":  # what is written to a terminal that has gone is an error
-            for terminal in self.terminals:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
 
     def __bool__(self):
         return self.name is not None or self.parent not in (None, os.getppid())
