@@ -284,8 +284,9 @@ class GPT(nn.Module):
         V, C = self.config.vocab_size, self.config.n_embd
         exact = dict(dtype=torch.float64)  # in float32 the number of threads would turn the axes
         count = count.to(**exact)
-        frequency, unigram = torch.ones(V, **exact).index_add(0, first, count), torch.full((V,), 0.5, **exact).index_add(0, second, count)
-        frequency, unigram = frequency[:, None] / frequency.sum(), unigram / unigram.sum()  # (V, 1), (V,)
+        frequency = torch.ones(V, 1, **exact).index_add(0, first, count[:, None])
+        unigram = torch.full((V,), 0.5, **exact).index_add(0, second, count)
+        frequency, unigram = frequency / frequency.sum(), unigram / unigram.sum()
         score = torch.log1p(count / (prior * unigram[second]))
 
         def sparse(values):

@@ -64,8 +64,9 @@ def train(settings, runtime, dry_run, begin):
         return
     if runtime.main:
         checkpoint.make_folder(settings.checkpoint_root, f"checkpoint_root={settings.checkpoint_root}")
-    if runtime.main and settings.bigram_start and not saved and model.config.modern and not model.config.tied:
-        model.start_from_bigrams(*map(torch.from_numpy, epoch.bigrams()))  # DDP gives it to the other processes
+        if settings.bigram_start and not saved and model.config.modern and not model.config.tied:
+            runtime.say("the model starts from which token follows which in the corpus (bigram_start)")
+            model.start_from_bigrams(*map(torch.from_numpy, epoch.bigrams()))  # DDP gives it to the other processes
     model.to(device).train()
     model.checkpointing = settings.checkpointing
     micro_batch = choose_micro_batch(settings, runtime, model, rows)

@@ -94,6 +94,7 @@ def test_the_original_recipe_trains_on_pads_and_goes_on_with_the_batch_that_come
         assert all(np.array_equal(a, b) for a, b in zip(mine, theirs))
 
 
+@pytest.mark.soak
 def test_every_benchmark_runs_in_smoke_mode(tmp_path, capsys):
     import original
     import prepare

@@ -129,6 +129,7 @@ with runtime.Processes() as processes:
 """
 
 
+@pytest.mark.soak
 def test_the_data_is_made_once_and_waited_for_beyond_the_time_out_of_the_store(tmp_path):
     script, folder = tmp_path / "wait.py", tmp_path / "made"
     script.write_text(WAITING)
@@ -137,6 +138,7 @@ def test_the_data_is_made_once_and_waited_for_beyond_the_time_out_of_the_store(t
     assert status == 0 and output.count("has ready ['made by 0']") == 2, output
 
 
+@pytest.mark.soak
 def test_a_killed_worker_is_restarted_and_the_result_is_that_of_an_undisturbed_run(references, tmp_path):
     undisturbed, _ = references(2)
     config = runs.write_config(str(tmp_path), max_steps=30, save_freq=3, resume_from="auto")
