@@ -8,9 +8,8 @@ import torch
 
 import data
 import runtime as rt
+from runs import ROOT
 from settings import UserError
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 @pytest.fixture(autouse=True)

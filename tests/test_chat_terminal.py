@@ -10,18 +10,19 @@ import pyte
 import pytest
 
 import checkpoint
+from runs import ROOT
 from test_chat import LETTERS, tiny_model
 from tokenizer import CharTokenizer
 
 
 class Terminal:
-    """chat.py and the screen that it draws on, 80 columns and 24 lines."""
+    """chat.py, run in the folder of its history file, and the screen that it draws on, 80 columns and 24 lines."""
 
     def __init__(self, path, history, *arguments):
         self.screen = pyte.HistoryScreen(80, 24, history=2000)
         self.stream = pyte.Stream(self.screen)
-        self.child = pexpect.spawn(sys.executable, ["chat.py", str(path), f"history_path={history}", "seed=1", *arguments],
-                                   encoding="utf-8", dimensions=(24, 80), timeout=5,
+        command = [os.path.join(ROOT, "chat.py"), str(path), f"history_path={history}", "seed=1", *arguments]
+        self.child = pexpect.spawn(sys.executable, command, cwd=str(history.parent), encoding="utf-8", dimensions=(24, 80), timeout=5,
                                    env=os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm"})
         self.child.delaybeforesend = None
         self.screen.write_process_input = self.child.send  # it answers where the cursor is
@@ -112,7 +113,7 @@ def test_lines_are_edited_by_wide_characters_pasted_whole_and_remembered(path, t
         terminal.child.send("\r")
         terminal.wait("tokens/s")
         terminal.ready()
-        terminal.say("/save " + str(tmp_path / "said.txt"))
+        terminal.say("/save said.txt")
         assert (tmp_path / "said.txt").read_text(encoding="utf-8").split("\n")[0] == "今天 天气"
         assert terminal.say("很好吃饭吗")
         assert terminal.leave() == 0
@@ -140,16 +141,15 @@ def test_every_command_does_what_help_says(path, tmp_path):
         assert terminal.say("/retry") == greedy
         assert terminal.say("/set no_repeat_ngram 2") == "no_repeat_ngram=2"
         assert terminal.say("今天")
-        saved = tmp_path / "a b.jsonl"
-        assert "4 utterances written" in terminal.say(f"/save {saved}") and "4 utterances written" in terminal.say(f"/save {saved}")
+        assert "4 utterances written" in terminal.say("/save a b.jsonl") and "4 utterances written" in terminal.say("/save a b.jsonl")
         (tmp_path / "mine.txt").write_text("mine\n")
-        assert "exists" in terminal.say(f"/save {tmp_path / 'mine.txt'}")
+        assert "exists" in terminal.say("/save mine.txt")
         assert (tmp_path / "mine.txt").read_text() == "mine\n"
         assert terminal.say("/undo") == "(turns left: 1)"
         assert "turns: 1" in terminal.say("/stats") and "tokens/s" in terminal.text and "first token after" in terminal.text
         assert terminal.say("flush") == "(forgotten)"
         assert "context 0/128" in terminal.text.rstrip().splitlines()[-1]
-        assert "4 utterances read" in terminal.say(f"/load {saved}")
+        assert "4 utterances read" in terminal.say("/load a b.jsonl")
         assert terminal.say("/undo") == "(turns left: 1)"
         assert terminal.say("/retry") == greedy
         assert terminal.say("/set best_of 4") == "best_of=4"

@@ -16,9 +16,8 @@ import checkpoint
 import data
 import tokenizer
 from model import GPT, GPTConfig
+from runs import ROOT
 from settings import TrainSettings, UserError
-
-ROOT = os.path.dirname(os.path.dirname(__file__))
 
 
 def make_content(step=0):

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import download
+from runs import ROOT
 from settings import UserError
 
-ROOT = os.path.dirname(os.path.dirname(__file__))
 BODY = "label,review\n1,早餐很好\n".encode() * 9000
 
 

@@ -15,12 +15,11 @@ import checkpoint
 import train
 from model import Sampling, generate
 from optim import make_optimizers
+from runs import ROOT
 from settings import ChatSettings, SentimentSettings, TrainSettings, UserError, build, read_yaml
 from tokenizer import PAD, SPECIALS
 
-HERE = os.path.dirname(__file__)
-ROOT = os.path.dirname(HERE)
-CONFIGS = sorted(glob.glob(os.path.join(HERE, "original_configs", "*.yaml")))
+CONFIGS = sorted(glob.glob(os.path.join(ROOT, "tests", "original_configs", "*.yaml")))
 TEXT = "你好\n你好呀\n\n今天天气真好\n出去走走吧\n好呀\n\n吃了吗\n吃了\n吃的什么\n面\n\n晚安 abc\n"
 
 

@@ -18,11 +18,10 @@ import reviews
 import sentimentalTrain
 import settings as settings_module
 from model import GPT, Classifier, GPTConfig, extended
-from runs import free_port
+from runs import ROOT, free_port
 from settings import ChatSettings, SentimentSettings, UserError
 from tokenizer import SEP, BPETokenizer, CharTokenizer
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GOOD, BAD = ["很好", "干净", "满意", "舒服"], ["很差", "太脏", "失望", "吵闹"]
 
 
