@@ -130,10 +130,10 @@ def rotate(x, cos, sin):
 
 
 def attend(q, k, v, mask, dropout):
-    """Attention of (B, H, T, D) to (B, H, S, D) where the bool mask (B, 1, T, S) allows."""
+    """Attention of (B, H, T, D) to (B, H, S, D); the mask (B, 1, T, S) is 0 where it is allowed and -inf elsewhere."""
     if q.device.type == "cpu" and 1 < q.shape[2] <= 512:  # written out is faster there, backwards above all
         scores = (q @ k.transpose(-2, -1)) * (1 / math.sqrt(q.shape[-1]))  # (B, H, T, S)
-        weights = F.softmax(scores.float().masked_fill(~mask, -math.inf), dim=-1).to(v.dtype)
+        weights = F.softmax(scores.float() + mask, dim=-1).to(v.dtype)
         return F.dropout(weights, dropout) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
@@ -347,6 +347,8 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        # Added, for a compiled softmax is a quarter faster so than where it chooses by a bool.
+        mask = torch.zeros(mask.shape, device=x.device, dtype=x.dtype if cache is None else cache.keys.dtype).masked_fill(~mask, -math.inf)
         for layer, block in enumerate(self.blocks):
             if self.checkpointing and self.training:
                 x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
