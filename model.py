@@ -348,7 +348,7 @@ class GPT(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         # Added, for a compiled softmax is a quarter faster so than where it chooses by a bool.
-        mask = torch.zeros(mask.shape, device=x.device, dtype=x.dtype if cache is None else cache.keys.dtype).masked_fill(~mask, -math.inf)
+        mask = torch.where(mask, 0.0, -math.inf).to(x.dtype if cache is None else cache.keys.dtype)
         for layer, block in enumerate(self.blocks):
             if self.checkpointing and self.training:
                 x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
