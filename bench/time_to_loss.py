@@ -123,13 +123,15 @@ def report(options, curve, runs):
 def draw(options, curve, runs):
     import matplotlib
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
     figure, axes = pyplot.subplots(figsize=(8, 5))
     axes.plot(*zip(*curve), marker=".", label=options.against)
     for mode in sorted({run["mode"] for run in runs}):
         points = sorted((run["all_in"], run["loss"]) for run in runs if run["mode"] == mode)
         axes.plot(*zip(*points), marker="o", linestyle="", label=f"train.py, {mode}, a run a point, all in")
     axes.set(xscale="log", xlabel="seconds", ylabel="validation loss, nats per token")
+    axes.xaxis.set(major_locator=ticker.LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(options.png, dpi=120, bbox_inches="tight")
