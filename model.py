@@ -130,11 +130,16 @@ def rotate(x, cos, sin):
 
 
 def attend(q, k, v, mask, dropout):
-    """Attention of (B, H, T, D) to (B, H, S, D); the mask (B, 1, T, S) is 0 where it is allowed and -inf elsewhere."""
-    if q.device.type == "cpu" and 1 < q.shape[2] <= 512:  # written out is faster there, backwards above all
-        scores = (q @ k.transpose(-2, -1)) * (1 / math.sqrt(q.shape[-1]))  # (B, H, T, S)
-        weights = F.softmax(scores.float() + mask, dim=-1).to(v.dtype)
-        return F.dropout(weights, dropout) @ v
+    """Attention of (B, H, T, D) to (B, K, S, D); the mask (B, 1, T, S) is 0 where it is allowed and -inf elsewhere."""
+    B, H, T, D = q.shape
+    K, S = k.shape[1:3]
+    if q.device.type == "cpu" and 1 < T <= 512:  # written out is faster there, backwards above all
+        scores = q.reshape(B, K, -1, D) @ k.transpose(-2, -1)  # heads that share keys and values in one product
+        scores = scores.view(B, H, T, S) * (1 / math.sqrt(D))
+        weights = F.dropout(F.softmax(scores.float() + mask, dim=-1).to(v.dtype), dropout)
+        return (weights.view(B, K, -1, S) @ v).view(B, H, T, D)
+    if K != H:
+        k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 
@@ -161,8 +166,6 @@ class Attention(nn.Module):
             q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         if cache is not None:
             k, v = cache.update(layer, k, v)  # (B, K, S, D)
-        if config.n_kv_head != config.n_head:
-            k, v = (t.repeat_interleave(config.n_head // config.n_kv_head, dim=1) for t in (k, v))
         y = attend(q.to(k.dtype), k, v, mask, config.dropout if self.training else 0.0)
         return self.out(y.to(x.dtype).transpose(1, 2).reshape(B, T, C))
 
@@ -186,6 +189,9 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.attention = make_norm(config), Attention(config)
         self.norm2, self.mlp = make_norm(config), MLP(config)
+        if config.modern:  # the matrices behind them can learn their scales; that saves a twentieth of a step on a CPU
+            self.norm1.requires_grad_(False)
+            self.norm2.requires_grad_(False)
         self.dropout = config.dropout
 
     def forward(self, x, cos, sin, mask, cache=None, layer=0):
@@ -193,21 +199,24 @@ class Block(nn.Module):
         return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
 
 
-def _loss_of_rows(hidden, weight, targets, vocab_size, gradients):
-    """Summed cross-entropy of (n, C) rows, and its gradients by hidden (n, C) and weight (V, C)."""
-    logits = (hidden @ weight.t()).float()  # (n, V)
-    if vocab_size < weight.shape[0]:
-        logits = logits.masked_fill(torch.arange(weight.shape[0], device=logits.device) >= vocab_size, -math.inf)
-    real = targets != IGNORE
+def _loss_of_rows(hidden, weight, targets, unused, by_weight=None):
+    """Summed cross-entropy of (n, C) rows, its gradient by hidden (n, C), and that by weight (V, C) added to `by_weight`.
+
+    Without `by_weight` there are no gradients. `unused` (V,) is -inf at the rows of the embedding that are no token's, else 0. It
+    is added, and the target scattered, for a comparison with each column's number doubles the compiled time of all that is
+    no matrix product.
+    """
+    logits = (hidden @ weight.t()).float() + unused  # (n, V)
+    real = (targets != IGNORE)[:, None]
     index = targets.clamp(min=0)[:, None]
     total = logits.logsumexp(dim=-1, keepdim=True)
-    loss = ((total - logits.gather(1, index))[:, 0] * real).sum()
-    if not gradients:
+    found = logits.gather(1, index) - total  # (n, 1), log-probabilities of the targets
+    loss = -(found * real).sum()
+    if by_weight is None:
         return loss, None, None
-    slope = (logits - total).exp()
-    slope = (slope - (torch.arange(weight.shape[0], device=logits.device) == index).float()) * real[:, None]
-    slope = slope.to(hidden.dtype)
-    return loss, slope @ weight, slope.t() @ hidden
+    slope = ((logits - total).exp() * real).to(hidden.dtype)
+    slope = slope.scatter(1, index, (found.expm1() * real).to(hidden.dtype))
+    return loss, slope @ weight, by_weight + slope.t() @ hidden
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -217,15 +226,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, vocab_size, loss_of_rows):
+    def forward(ctx, hidden, weight, targets, unused, loss_of_rows):
         low = weight.to(hidden.dtype)
         loss = torch.zeros((), device=hidden.device)
         by_hidden, by_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         for rows in range(0, len(hidden), LOSS_ROWS):
             part = slice(rows, rows + LOSS_ROWS)
-            one, by_hidden[part], by_rows = loss_of_rows(hidden[part], low, targets[part], vocab_size, True)
+            one, by_hidden[part], by_weight = loss_of_rows(hidden[part], low, targets[part], unused, by_weight)
             loss += one
-            by_weight += by_rows
         ctx.save_for_backward(by_hidden, by_weight)
         return loss
 
@@ -233,6 +241,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, slope):
         by_hidden, by_weight = ctx.saved_tensors
         return by_hidden * slope.to(by_hidden.dtype), by_weight * slope, None, None, None
+
+
+def _enter(x, normalise, dropout, dtype):
+    """What enters the first block, of embeddings (B, T, C)."""
+    return F.dropout(rms_norm(x) if normalise else x, dropout).to(dtype)
 
 
 class GPT(nn.Module):
@@ -249,7 +262,7 @@ class GPT(nn.Module):
         if config.tied:
             self.head.weight = self.embedding.weight
         self.checkpointing = False  # recompute activations in the backward pass
-        self._loss_of_rows = _loss_of_rows
+        self._enter, self._loss_of_rows = _enter, _loss_of_rows
         self._initialise()
 
     @torch.no_grad()
@@ -313,9 +326,11 @@ class GPT(nn.Module):
         self.embedding.weight[:V] = 0.1 * rows  # look-ups are normalised: this is for the size of AdamW's steps
 
     def compile_parts(self):
-        """Compiles block and loss in place: one compilation serves all blocks, and DDP's hooks still run block by block."""
+        """Compiles the parts in place: one compilation serves all blocks, and DDP's hooks still run block by block."""
         for block in self.blocks:
             block.compile(dynamic=False)
+        self.norm.compile(dynamic=False)
+        self._enter = torch.compile(_enter, dynamic=False)
         self._loss_of_rows = torch.compile(_loss_of_rows, dynamic=False)
 
     def hidden(self, ids, documents=None, cache=None, causal=True):
@@ -337,16 +352,12 @@ class GPT(nn.Module):
             mask = ((documents[:, None] == documents[:, :, None]) & ((place <= place[:, None]) | (not causal)))[:, None]  # (B, 1, T, T)
             begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
             place = place - torch.where(begins, place, 0).cummax(dim=1).values
-        x = self.embedding(ids)  # (B, T, C)
-        cos = sin = None
-        if self.config.modern:
-            x = rms_norm(x)
-            cos, sin = self._rotation(place, x)
-        else:
+        x = self.embedding(ids)  # not compiled: the order in which its gradients are added would depend on the threads
+        if not self.config.modern:
             x = x + self.positions(place)
-        x = F.dropout(x, self.config.dropout, self.training)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        x = self._enter(x, self.config.modern, self.config.dropout if self.training else 0.0, dtype)
+        cos, sin = self._rotation(place, x) if self.config.modern else (None, None)
         # Added, for a compiled softmax is a quarter faster so than where it chooses by a bool.
         mask = torch.where(mask, 0.0, -math.inf).to(x.dtype if cache is None else cache.keys.dtype)
         for layer, block in enumerate(self.blocks):
@@ -363,8 +374,7 @@ class GPT(nn.Module):
         half = self.config.head_size // 2
         rates = 10000.0 ** (-torch.arange(half, device=place.device, dtype=torch.float32) / half)
         angles = place[:, None, :, None] * rates
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
     def logits(self, hidden):
         """(…, V) float32 of hidden states (…, C); only ids of the vocabulary."""
@@ -375,12 +385,13 @@ class GPT(nn.Module):
         hidden = self.hidden(ids, documents).flatten(0, 1)
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        targets, size = targets.flatten(), self.config.vocab_size
+        targets = targets.flatten()
+        unused = torch.where(torch.arange(self.config.rows, device=hidden.device) < self.config.vocab_size, 0.0, -math.inf)
         if torch.is_grad_enabled():
-            return _LinearCrossEntropy.apply(hidden, self.head.weight, targets, size, self._loss_of_rows)
+            return _LinearCrossEntropy.apply(hidden, self.head.weight, targets, unused, self._loss_of_rows)
         weight = self.head.weight.to(hidden.dtype)
         parts = zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS))
-        return sum(_loss_of_rows(rows, weight, wanted, size, False)[0] for rows, wanted in parts)
+        return sum(_loss_of_rows(rows, weight, wanted, unused)[0] for rows, wanted in parts)
 
     forward = loss  # what DistributedDataParallel calls
 

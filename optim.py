@@ -30,18 +30,23 @@ class BlockMuon(torch.optim.Muon):
                     if "momentum_buffer" not in self.state[parameter]:
                         self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
                 momentum = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-                torch._foreach_lerp_(momentum, gradients, 1 - group["momentum"])
-                updates = torch._foreach_lerp(gradients, momentum, group["momentum"])
-                updates = torch.stack(updates).to(self.dtype)  # (N, A, B)
+                # On a CPU one matrix after the other, which stays in its cache meanwhile.
+                together = 1 if parameters[0].device.type == "cpu" else len(parameters)
+                parts = [slice(i, i + together) for i in range(0, len(parameters), together)]
+                updates = torch.empty(len(parameters), *shape, dtype=self.dtype, device=parameters[0].device)  # (N, A, B)
+                for part in parts:
+                    torch._foreach_lerp_(momentum[part], gradients[part], 1 - group["momentum"])
+                    torch._foreach_copy_(updates[part].unbind(), torch._foreach_lerp(gradients[part], momentum[part], group["momentum"]))
                 updates = updates.mT if side else updates
                 blocks = updates.reshape(-1, size, shape[1 - side])
                 blocks = orthogonalise(blocks, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 updates = blocks.reshape(updates.shape)
-                updates = (updates.mT if side else updates).to(parameters[0].dtype)
+                updates = updates.mT if side else updates
                 # torch.optim.Muon's update has the norm of as many singular values of 1 as the matrix has rows.
                 scale = math.sqrt(shape[0] * size / (shape[side] * min(size, shape[1 - side])))
-                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(parameters, updates.unbind(), alpha=-group["lr"] * scale)
+                for part in parts:
+                    torch._foreach_mul_(parameters[part], 1 - group["lr"] * group["weight_decay"])
+                    torch._foreach_add_(parameters[part], updates[part].to(parameters[0].dtype).unbind(), alpha=-group["lr"] * scale)
 
 
 def muon_block(name, matrix, head_size):
@@ -110,11 +115,20 @@ def share_done(settings, steps, minutes, epochs):
                epochs / settings.max_epoch)
 
 
+def clip(parameters, limit):
+    """Scales gradients whose common norm exceeds `limit` (0: none) down to it, and else only reads them; the norm before."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if limit and norm > limit:
+        torch._foreach_mul_(gradients, limit / norm)
+    return norm
+
+
 def update(optimizers, scaler, model, settings, keep):
     """Clips the gradient, takes a step unless it is not finite, and clears it (`keep`: to zeros, in place); its norm."""
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
+    norm = clip(model.parameters(), settings.grad_clip)
     if torch.isfinite(norm):  # the same in every process: gradients are
         for optimizer in optimizers:
             scaler.step(optimizer)

@@ -43,7 +43,7 @@ class Common:
 class Training(Common):
     """Keys of everything that trains."""
 
-    compile: bool = key(False, "compile the model's blocks with torch.compile")
+    compile: bool = key(False, "compile the model's parts with torch.compile")
     block_size: int = key(256, "positions in a row: the longest context", low=2)
     dropout: float = key(0.0, "dropout on embeddings, attention and residual branches", low=0, high=0.95)
     train_percent: float = key(0.98, "share of the dialogues (reviews) that is trained on", low=0, high=1)

@@ -18,6 +18,7 @@ if ROOT not in sys.path:  # `python bench/x.py` puts bench/ there, not the folde
 
 import data  # noqa: E402
 import settings as settings_module  # noqa: E402
+from optim import clip  # noqa: E402
 from settings import TrainSettings  # noqa: E402
 from tokenizer import PAD  # noqa: E402
 
@@ -142,7 +143,7 @@ class Contender:
         tensors = [torch.from_numpy(array).to(self.runtime.device, non_blocking=True) for array in arrays]
         loss = self.loss(*tensors, count)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        clip(self.model.parameters(), self.clip)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -224,4 +225,4 @@ def ours(settings, documents, vocab_size, runtime):
             return model.loss(inputs, targets)
 
     optimizers = make_optimizers(model, settings, runtime.dtype)
-    return Contender(model, optimizers, batches(), loss, nats, runtime, settings.grad_clip or float("inf"))
+    return Contender(model, optimizers, batches(), loss, nats, runtime, settings.grad_clip)

@@ -12,7 +12,7 @@ SHAPES = {"gpt2": dict(arch="gpt2", n_head=4), "modern": dict(arch="modern", n_h
 @pytest.fixture(params=SHAPES)
 def model(request):
     torch.manual_seed(0)
-    made = GPT(GPTConfig(vocab_size=100, block_size=64, n_layer=3, n_embd=64, **SHAPES[request.param])).eval()
+    made = GPT(GPTConfig(vocab_size=100, block_size=64, n_layer=3, n_embd=64, **SHAPES[request.param])).eval().requires_grad_()
     with torch.no_grad():
         for parameter in made.parameters():  # so that nothing is 0 and greedy tokens vary
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -145,18 +145,42 @@ def test_checkpointed_activations_give_the_same_gradients(model):
         torch.testing.assert_close(gradient, parameter.grad)
 
 
-def test_compiled_parts_keep_names_and_values(model):
-    ids = torch.randint(0, 100, (2, 64))
-    plain, names = model.loss(ids, ids), list(model.state_dict())
+def test_compiled_parts_keep_names_values_and_gradients(model):
+    ids, targets = torch.randint(0, 100, (2, 64)), torch.randint(0, 100, (2, 64))
+    targets[0, :7] = -100
+    plain, names = model.loss(ids, targets), list(model.state_dict())
+    plain.backward()
+    wanted = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
     model.compile_parts()
-    torch.testing.assert_close(model.loss(ids, ids), plain)
+    loss = model.loss(ids, targets)
+    loss.backward()
+    torch.testing.assert_close(loss, plain)
+    for gradient, parameter in zip(wanted, model.parameters()):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-4)
     assert list(model.state_dict()) == names
+
+
+def test_gradients_of_compiled_parts_are_the_same_each_time_with_several_threads():
+    model = GPT(GPTConfig(vocab_size=200, arch="modern", block_size=256, n_layer=1, n_head=1, n_embd=64))
+    model.compile_parts()
+    threads = torch.get_num_threads()
+    ids, targets = torch.randint(0, 4, (16, 256)), torch.randint(0, 200, (16, 256))  # often the same rows of the embedding
+    found = []
+    torch.set_num_threads(2)
+    for _ in range(3):
+        model.zero_grad()
+        model.loss(ids, targets).backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad])
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for again in found[1:] for a, b in zip(again, found[0]))
 
 
 def test_the_written_out_attention_is_the_library_one(model, monkeypatch):
     ids = torch.randint(3, 100, (2, 32))
     written = model.hidden(ids)
-    monkeypatch.setattr("model.attend", lambda q, k, v, mask, dropout: F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    monkeypatch.setattr("model.attend", lambda q, k, v, mask, dropout: F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, enable_gqa=True))
     torch.testing.assert_close(model.hidden(ids), written)
 
 

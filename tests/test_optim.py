@@ -3,10 +3,13 @@ import math
 import pytest
 import torch
 
+from checkpoint import describe
 from model import GPT, Classifier, GPTConfig
-from optim import BlockMuon, learning_rate, make_optimizers
+from optim import BlockMuon, clip, learning_rate, make_optimizers
+from runtime import Runtime
 from settings import TrainSettings, build
-from train import load_optimizers
+from tokenizer import CharTokenizer
+from train import load_optimizers, make_model
 
 SHAPES = [(64, 64)] * 3 + [(64, 128)] * 2 + [(128, 64)]
 
@@ -92,16 +95,39 @@ def test_optimizer_state_of_a_run_before_there_were_blocks_is_taken_over():
     muon.step()
 
 
+@pytest.mark.parametrize("all_trained", [True, False])
+def test_a_run_goes_on_training_the_norms_if_it_did(all_trained):
+    settings = build(TrainSettings, dict(arch="modern", n_layer=1, n_head=1, n_embd=64, block_size=16))
+    model, tokenizer = GPT(GPTConfig.of(settings, 5)), CharTokenizer("ab")
+    if all_trained:
+        model.requires_grad_()
+    optimizers = make_optimizers(model, settings, torch.float32)
+    saved = describe(model, tokenizer) | dict(optimizer=[optimizer.state_dict() for optimizer in optimizers])
+    again = make_model(settings, tokenizer, "cpt.pth", saved, Runtime(torch.device("cpu"), torch.float32, None))
+    assert again.blocks[0].norm1.weight.requires_grad == all_trained
+    load_optimizers(make_optimizers(again, settings, torch.float32), None, saved)
+
+
+def test_clipping_scales_large_gradients_and_leaves_others_untouched():
+    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (2, 3, 4)]
+    for limit, factor in ((0.0, 1.0), (20.0, 1.0), (5.0, 0.5)):
+        parameters[0].grad, parameters[1].grad = torch.tensor([6.0, 0.0]), torch.tensor([0.0, 8.0, 0.0])  # the third has none
+        assert clip(parameters, limit) == 10
+        assert parameters[0].grad.tolist() == [6 * factor, 0] and parameters[1].grad.tolist() == [0, 8 * factor, 0]
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("kind", ["gpt2", "modern", "classifier"])
-def test_every_parameter_has_one_optimizer_and_vectors_do_not_decay(optimizer, kind):
+def test_every_trained_parameter_has_one_optimizer_and_vectors_do_not_decay(optimizer, kind):
     arch = "gpt2" if kind == "gpt2" else "modern"
     model = GPT(GPTConfig(vocab_size=70, arch=arch, n_layer=2, n_embd=32, block_size=16))
     model = Classifier(model, 2) if kind == "classifier" else model
     optimizers = make_optimizers(model, build(TrainSettings, dict(optimizer=optimizer, weight_decay=0.3)), torch.float32)
     groups = [group for made in optimizers for group in made.param_groups]
     parameters = [id(parameter) for group in groups for parameter in group["params"]]
-    assert sorted(parameters) == sorted(id(parameter) for parameter in model.parameters())
+    assert sorted(parameters) == sorted(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    left = {".".join(name.split(".")[-2:]) for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert left == (set() if arch == "gpt2" else {"norm1.weight", "norm2.weight"})
     for group in groups:
         for parameter in group["params"]:
             assert group["weight_decay"] == (0.3 if parameter.dim() == 2 else 0)
