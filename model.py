@@ -4,7 +4,10 @@ Shapes: B rows, T positions, C = n_embd, H heads, K heads of keys and values, D 
 """
 
 import dataclasses
+import functools
+import gc
 import math
+import weakref
 
 import torch
 import torch.nn as nn
@@ -71,31 +74,33 @@ class KVCache:
         self.keys, self.values = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
         self.start = torch.zeros(batch, dtype=torch.long, device=device)
         self.size, self.length = size, 0
+        self.place = None  # (T,) of the ids that are being computed
+        self.steps = {}  # recorded ones, see `next_logits`; None: none are to be, for a cache that will not live for many tokens
 
     def update(self, layer, k, v):
-        """Writes (B, K, T, D) at the present end; returns all keys and values up to a multiple of 64 positions."""
-        end = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length:end] = k
-        self.values[layer, :, :, self.length:end] = v
+        """Writes (B, K, T, D) to `self.place`; returns all keys and values up to a multiple of 64 positions."""
         seen = self.seen(k.shape[2])
+        self.keys[layer].index_copy_(2, self.place, k.to(self.keys.dtype))
+        self.values[layer].index_copy_(2, self.place, v.to(self.keys.dtype))
         return self.keys[layer, :, :, :seen], self.values[layer, :, :, :seen]
 
     def seen(self, new):
         """Positions that attention looks at once `new` more are in: few different sizes, so kernels can be reused."""
         return min(self.size, -(-(self.length + new) // 64) * 64)
 
-    def mask(self, new):
-        """(B, 1, new, seen) bool: which positions each of the `new` next ones may look at."""
-        place = torch.arange(self.seen(new), device=self.start.device)
-        query = torch.arange(self.length, self.length + new, device=self.start.device)
-        mask = (place <= query[:, None]) & (place >= self.start[:, None, None])
-        return (mask | (place == query[:, None]))[:, None]  # left padding looks at itself: no empty softmax
+    def open(self, new, place=None):
+        """Takes `place` (new,), by default what comes next, for the positions that `update` writes; returns which positions
+        each of them may look at, (B, 1, new, seen) bool."""
+        self.place = torch.arange(self.length, self.length + new, device=self.start.device) if place is None else place
+        query, others = self.place[:, None], torch.arange(self.seen(new), device=self.start.device)
+        mask = (others <= query) & (others >= self.start[:, None, None])
+        return (mask | (others == query))[:, None]  # left padding looks at itself: no empty softmax
 
     def branch(self, rows):
         """A cache of `rows` copies of this one's only row."""
         copy = object.__new__(KVCache)
         copy.keys, copy.values = (t.repeat(1, rows, 1, 1, 1) for t in (self.keys, self.values))
-        copy.start, copy.size, copy.length = self.start.repeat(rows), self.size, self.length
+        copy.start, copy.size, copy.length, copy.steps = self.start.repeat(rows), self.size, self.length, None
         return copy
 
     def adopt(self, branch, row):
@@ -125,6 +130,8 @@ def make_norm(config):
 
 def rotate(x, cos, sin):
     """Rotary position embedding (Su et al. 2021) of (B, heads, T, D), halves paired as in Hugging Face."""
+    if cos.shape[-1] == x.shape[-1]:
+        return torch.addcmul(x * cos, x.unflatten(-1, (2, -1)).flip(-2).flatten(-2), sin)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -333,22 +340,23 @@ class GPT(nn.Module):
         self._enter = torch.compile(_enter, dynamic=False)
         self._loss_of_rows = torch.compile(_loss_of_rows, dynamic=False)
 
-    def hidden(self, ids, documents=None, cache=None, causal=True):
+    def hidden(self, ids, documents=None, cache=None, causal=True, place=None):
         """Last hidden states (B, T, C) of ids (B, T).
 
         `documents` (B, T): positions attend only to earlier ones with the same number, and places are counted from
-        the number's first position. With a `cache` the ids come after what it holds, and it is advanced. Without
-        `causal` (and without a cache) positions attend to later ones too.
+        the number's first position. With a `cache` the ids come after what it holds, and it is advanced; `place` (T,) is
+        the same as a tensor, for a recorded step. Without `causal` (and without a cache) positions attend to later ones too.
         """
         B, T = ids.shape
-        place = torch.arange(T, device=ids.device)
         if cache is not None:
-            mask = cache.mask(T)
-            place = (place + cache.length - cache.start[:, None]).clamp(min=0)  # (B, T)
+            mask = cache.open(T, place)
+            place = (cache.place - cache.start[:, None]).clamp(min=0)  # (B, T)
         elif documents is None:
+            place = torch.arange(T, device=ids.device)
             mask = ((place <= place[:, None]) | (not causal))[None, None]
             place = place[None]
         else:
+            place = torch.arange(T, device=ids.device)
             mask = ((documents[:, None] == documents[:, :, None]) & ((place <= place[:, None]) | (not causal)))[:, None]  # (B, 1, T, T)
             begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
             place = place - torch.where(begins, place, 0).cummax(dim=1).values
@@ -370,11 +378,13 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def _rotation(self, place, x):
-        """Cosines and sines (B or 1, 1, T, D / 2) of the places, in the precision of the activations."""
+        """Cosines and sines (B or 1, 1, T, D / 2) of the places as `rotate` wants them, in the precision of the activations."""
         half = self.config.head_size // 2
         rates = 10000.0 ** (-torch.arange(half, device=place.device, dtype=torch.float32) / half)
         angles = place[:, None, :, None] * rates
-        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        # Both halves: three kernels in place of seven on a GPU, and a faster one where it is compiled; slower on a CPU.
+        return (cos, sin) if x.device.type == "cpu" else (torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
 
     def logits(self, hidden):
         """(…, V) float32 of hidden states (…, C); only ids of the vocabulary."""
@@ -460,6 +470,33 @@ class Classifier(nn.Module):
         return count - rest * self.gpt.config.n_embd if frozen else count
 
 
+class Recorded:
+    """A function of tensors of fixed shapes as a CUDA graph: the first call just runs it, the second records it, and that and all
+    later ones play it back. What it returns is overwritten by the next call.
+
+    A host launches a kernel in 5 to 30 µs; those of a small model, or of one token, are over sooner.
+    """
+
+    def __init__(self, function):
+        self.function, self.graph, self.warm = function, None, False
+
+    def __call__(self, *tensors):
+        if not self.warm:
+            self.warm = True
+            return self.function(*tensors)
+        with torch.cuda.device(tensors[0].device):
+            if self.graph is None:
+                gc.collect()  # a graph that is freed while another is recorded spoils that one
+                inputs, graph = [tensor.clone() for tensor in tensors], torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+                    self.output = self.function(*inputs)
+                self.inputs, self.graph = inputs, graph
+            for own, given in zip(self.inputs, tensors):
+                own.copy_(given)
+            self.graph.replay()
+        return self.output
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen. Temperature 0 takes the likeliest."""
@@ -475,10 +512,17 @@ class Sampling:
     banned: tuple = (0,)  # ids that are never chosen: <unk>
 
 
+@functools.lru_cache(maxsize=16)
+def _on_device(ids, device):
+    """A tuple of ids as a tensor that is made once: a copy to a GPU waits for all that runs there."""
+    with torch.inference_mode(False):
+        return torch.tensor(ids, dtype=torch.long, device=device)
+
+
 def adjust(logits, history, sampling):
     """Logits (B, V) with what `sampling` forbids at -inf; `history` (B, n) are the ids of the reply so far."""
     logits = logits.clone()
-    logits[:, list(sampling.banned)] = -math.inf
+    logits.index_fill_(1, _on_device(tuple(sampling.banned), logits.device), -math.inf)
     if sampling.repetition_penalty != 1 and history.shape[1]:  # Keskar et al. 2019
         seen = logits.gather(1, history)
         penalty = sampling.repetition_penalty
@@ -520,6 +564,20 @@ def sample(logits, history, sampling, generator=None):
     return (logits.softmax(dim=-1) / noise).argmax(dim=-1)
 
 
+def next_logits(model, ids, cache):
+    """(B, V) float32 logits of what follows ids (B, T), which come after what the cache holds. On a GPU single tokens are
+    recorded, for each number of positions that attention looks at; not under autocast, whose copies of weights do not last."""
+    if ids.device.type != "cuda" or ids.shape[1] > 1 or cache.steps is None or torch.is_autocast_enabled("cuda"):
+        return model.logits(model.hidden(ids, cache=cache)[:, -1])
+    length, seen = cache.length, cache.seen(1)
+    if seen not in cache.steps:
+        own = weakref.proxy(cache)  # without a cycle the graphs are freed with the cache
+        cache.steps[seen] = Recorded(lambda ids, place: model.logits(model.hidden(ids, cache=own, place=place)[:, -1]))
+    logits = cache.steps[seen](ids, torch.full((1,), length, device=ids.device))
+    cache.length = length + 1
+    return logits
+
+
 @torch.inference_mode()
 def generate(model, prompts, sampling, stop=(), cache=None, generator=None, scores=None):
     """Yields the next ids (B,) of B prompts (lists of ids) until each has met an id of `stop`; a finished row gives -1.
@@ -535,6 +593,7 @@ def generate(model, prompts, sampling, stop=(), cache=None, generator=None, scor
     if cache is None:
         cache = KVCache(model.config, len(prompts), model.config.block_size, device, dtype)
         cache.start = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
+        cache.steps = None
     elif any(len(prompt) != longest for prompt in prompts):
         raise ValueError("with a cache all prompts must have the same length")
     if longest == 0 or cache.length + longest > cache.size:
@@ -544,7 +603,7 @@ def generate(model, prompts, sampling, stop=(), cache=None, generator=None, scor
     stops = torch.tensor(list(stop), device=device, dtype=torch.long)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for step in range(sampling.max_new_tokens):
-        logits = model.logits(model.hidden(ids, cache=cache)[:, -1])
+        logits = next_logits(model, ids, cache)
         allowed = logits if step >= sampling.min_new_tokens else logits.index_fill(1, stops, -math.inf)
         chosen = sample(allowed, history, sampling, generator)
         if scores is not None:

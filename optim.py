@@ -41,12 +41,12 @@ class BlockMuon(torch.optim.Muon):
                 blocks = updates.reshape(-1, size, shape[1 - side])
                 blocks = orthogonalise(blocks, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 updates = blocks.reshape(updates.shape)
-                updates = updates.mT if side else updates
+                updates = (updates.mT if side else updates).to(parameters[0].dtype, memory_format=torch.contiguous_format).contiguous()
                 # torch.optim.Muon's update has the norm of as many singular values of 1 as the matrix has rows.
                 scale = math.sqrt(shape[0] * size / (shape[side] * min(size, shape[1 - side])))
                 for part in parts:
                     torch._foreach_mul_(parameters[part], 1 - group["lr"] * group["weight_decay"])
-                    torch._foreach_add_(parameters[part], updates[part].to(parameters[0].dtype).unbind(), alpha=-group["lr"] * scale)
+                    torch._foreach_add_(parameters[part], updates[part].unbind(), alpha=-group["lr"] * scale)
 
 
 def muon_block(name, matrix, head_size):
@@ -68,7 +68,9 @@ def orthogonalise(matrices, coefficients, steps, eps):
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=1, dim2=2).add_(a)  # not + a x, which is another pass over them; 3.5 % from exact in bfloat16, not 1.4
+        x = polynomial @ x
     return x.mT if tall else x
 
 
@@ -116,25 +118,25 @@ def share_done(settings, steps, minutes, epochs):
 
 
 def clip(parameters, limit):
-    """Scales gradients whose common norm exceeds `limit` (0: none) down to it, and else only reads them; the norm before."""
+    """Scales gradients whose common norm exceeds `limit` (0: none) down to it, and else only reads them; the norm before, a float."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = torch.nn.utils.get_total_norm(gradients).item()
     if limit and norm > limit:
         torch._foreach_mul_(gradients, limit / norm)
     return norm
 
 
 def update(optimizers, scaler, model, settings, keep):
-    """Clips the gradient, takes a step unless it is not finite, and clears it (`keep`: to zeros, in place); its norm."""
+    """Clips the gradient, takes a step unless it is not finite, and frees the gradient unless it is to be kept; its norm, a float."""
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = clip(model.parameters(), settings.grad_clip)
-    if torch.isfinite(norm):  # the same in every process: gradients are
+    if math.isfinite(norm):  # the same in every process: gradients are
         for optimizer in optimizers:
             scaler.step(optimizer)
     scaler.update()
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=not keep)
+    if not keep:  # a CPU's next step is a twentieth slower where they are freed at its beginning
+        model.zero_grad()
     return norm
 
 

@@ -345,6 +345,12 @@ def distribute(runtime, model):
                                    gradient_as_bucket_view=True)
 
 
+def records(runtime, settings, pieces):
+    """Whether a step's passes over so many pieces are recorded as a CUDA graph: on one GPU, and where launching kernels counts."""
+    return (runtime.device.type == "cuda" and not dist.is_initialized() and settings.compile and not settings.checkpointing
+            and pieces <= 16)
+
+
 def exchange(distributed, last):
     """The context of a backward pass: gradients are exchanged after a step's last one only."""
     return contextlib.nullcontext() if distributed is None or last else distributed.no_sync()

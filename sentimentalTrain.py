@@ -202,6 +202,8 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
             set_learning_rate(optimizers, factor)
 
             # The pieces of a batch, and their random numbers, are the same for one process and for two.
+            if distributed is not None:
+                classifier.zero_grad(set_to_none=False)
             mine = list(enumerate(np.array_split(batch, pieces)))[runtime.rank::runtime.world]
             for number, piece in mine:
                 rt.seed_step(seed, step, number)
@@ -215,7 +217,7 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
                 nats += loss.item()
                 right += (scores.argmax(dim=-1) == wanted).sum().item() * weight
             norm = update(optimizers, scaler, classifier, settings, distributed is not None)
-            refused = 0 if torch.isfinite(norm) else refused + 1
+            refused = 0 if math.isfinite(norm) else refused + 1
             if refused == 20:
                 raise UserError(f"the gradient has not been finite for {refused} steps at step {step}: lower lr={settings.lr}")
             seen += len(batch)

@@ -180,6 +180,8 @@ def read_yaml(path):
         with open(path, encoding="utf-8-sig") as file:
             values = yaml.safe_load(file)
     except FileNotFoundError:
+        if path.partition("=")[0] in KNOWN:
+            raise UserError(f"{path} stands where a file should: first the configuration, then key=value")
         files = sorted(map(os.path.basename, glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "*.y*ml"))))
         raise UserError(f"{path} does not exist" + (f"; in {os.path.dirname(path) or '.'} there are {', '.join(files)}" if files else ""))
     except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:  # not all that it raises is a YAMLError

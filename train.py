@@ -15,7 +15,7 @@ import data
 import runtime as rt
 import settings as settings_module
 import tokenizer as tokenizer_module
-from model import GPT, GPTConfig, Sampling, generate
+from model import GPT, GPTConfig, Recorded, Sampling, generate
 from optim import learning_rate, make_optimizers, set_learning_rate, share_done, update
 from settings import TrainSettings, UserError
 
@@ -80,7 +80,23 @@ def train(settings, runtime, dry_run, begin):
     if settings.compile:
         compile_or_say(model, runtime)
     distributed = rt.distribute(runtime, model)
+    record = rt.records(runtime, settings, -(-rows // micro_batch))
 
+    def learn(inputs, targets, numbers, factor):
+        """Makes the gradient of `factor` times the summed loss of a step's rows; that loss."""
+        if distributed is not None:
+            model.zero_grad(set_to_none=False)
+        total = torch.zeros((), device=device)
+        for row in range(0, rows, micro_batch):
+            piece = slice(row, row + micro_batch)
+            with rt.exchange(distributed, last=row + micro_batch >= rows):
+                with runtime.autocast():
+                    loss = (distributed or model)(inputs[piece], targets[piece], numbers[piece])
+                scaler.scale(loss * factor).backward()
+            total += loss.detach()
+        return total
+
+    learn = Recorded(learn) if record else learn
     stopping = rt.StopSignal(runtime.processes)
     writer = rt.tensorboard(runtime, settings.tensorboard_path, progress["step"])
     peak = rt.peak_flops(runtime)
@@ -148,17 +164,10 @@ def train(settings, runtime, dry_run, begin):
         rt.seed_step(settings.seed, step, runtime.rank)
         first = progress["row"] + runtime.rank * rows
         count = epoch.real_targets(progress["row"], progress["row"] + settings.train_batch)
-        total = torch.zeros((), device=device)
-        for row in range(first, first + rows, micro_batch):
-            inputs, targets, numbers = to_device(epoch.batch(row, row + micro_batch), device)
-            last = row + micro_batch >= first + rows
-            with rt.exchange(distributed, last):
-                with runtime.autocast():
-                    loss = (distributed or model)(inputs, targets, numbers)
-                scaler.scale(loss * (runtime.world / count)).backward()  # DDP takes the mean over processes
-            total += loss.detach()
-        norm = update(optimizers, scaler, model, settings, distributed is not None)
-        refused = 0 if torch.isfinite(norm) else refused + 1
+        tensors = to_device(epoch.batch(first, first + rows), device)
+        total = learn(*tensors, torch.full((), runtime.world / count, device=device))  # DDP takes the mean over processes
+        norm = update(optimizers, scaler, model, settings, keep=distributed is not None or record and learn.graph is not None)
+        refused = 0 if math.isfinite(norm) else refused + 1
         if refused == 20:
             raise UserError(f"the gradient has not been finite for {refused} steps at step {step}: lower lr={settings.lr} "
                             f"(muon_lr={settings.muon_lr}) and go on from a checkpoint before it, resume_from=PATH, or start anew")
@@ -179,7 +188,7 @@ def train(settings, runtime, dry_run, begin):
             now = time.perf_counter()
             speed, tick, tick_tokens = tick_tokens / (now - tick), now, 0
             mfu = speed * model.flops_per_token() / (peak * runtime.world)
-            for name, value in (("loss/train", loss), ("learning_rate", settings.lr * factor), ("gradient_norm", norm.item()),
+            for name, value in (("loss/train", loss), ("learning_rate", settings.lr * factor), ("gradient_norm", norm),
                                 ("tokens_per_second", speed), ("MFU", mfu), ("filling", epoch.filling), ("epoch", progress["epoch"])):
                 writer.add_scalar(name, value, progress["step"])
             bar.set_postfix_str(f"loss {mean_loss or loss:.3f}, lr {settings.lr * factor:.1e}, {speed:,.0f} tokens/s, MFU {mfu:.0%}, "
@@ -303,7 +312,8 @@ def choose_micro_batch(settings, runtime, model, rows):
         return next(n for n in divisors if n <= settings.micro_batch)
     if runtime.device.type != "cuda":
         return next(n for n in divisors if n == 1 or n * settings.block_size <= 8192)
-    state = torch.empty(8 * model.count_parameters(), dtype=torch.uint8, device=runtime.device)  # room for the optimizer's
+    room = 24 if rt.records(runtime, settings, 1) else 8  # the optimizers' state; what they compute with has no share in a graph's memory
+    state = torch.empty(room * model.count_parameters(), dtype=torch.uint8, device=runtime.device)
     for n in divisors:
         try:
             ids = torch.zeros(n, settings.block_size, dtype=torch.long, device=runtime.device)

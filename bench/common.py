@@ -17,7 +17,9 @@ if ROOT not in sys.path:  # `python bench/x.py` puts bench/ there, not the folde
     sys.path.insert(0, ROOT)
 
 import data  # noqa: E402
+import runtime as rt  # noqa: E402
 import settings as settings_module  # noqa: E402
+from model import Recorded  # noqa: E402
 from optim import clip  # noqa: E402
 from settings import TrainSettings  # noqa: E402
 from tokenizer import PAD  # noqa: E402
@@ -123,12 +125,18 @@ class Contender:
     """A recipe in training, ours or another's: one step after another, seconds counted, to be stopped and gone on with.
 
     `batches` yields ((array, …), count of real targets); `loss(arrays …, count)` is the mean loss that a step minimises;
-    `nats(inputs, targets)` sums over a batch for `score`; `factor(step, seconds)` scales the learning rates.
+    `nats(inputs, targets)` sums over a batch for `score`; `factor(step, seconds)` scales the learning rates; `record`: forward and
+    backward pass as a CUDA graph, for arrays of one shape.
     """
 
-    def __init__(self, model, optimizers, batches, loss, nats, runtime, clip=1.0, factor=lambda step, seconds: 1.0):
+    def __init__(self, model, optimizers, batches, loss, nats, runtime, clip=1.0, factor=lambda step, seconds: 1.0, record=False):
         self.model, self.optimizers, self.batches, self.runtime = model, optimizers, batches, runtime
-        self.loss, self._nats, self.clip, self.factor = loss, nats, clip, factor
+        self._nats, self.clip, self.factor, self.record = nats, clip, factor, record
+
+        def learn(*tensors):
+            loss(*tensors).backward()
+
+        self.learn = Recorded(learn) if record else learn
         self.steps, self.tokens, self.seconds, self.first_step, self.curve = 0, 0, 0.0, 0.0, []
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -141,12 +149,12 @@ class Contender:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * self.factor(self.steps, self.seconds)
         tensors = [torch.from_numpy(array).to(self.runtime.device, non_blocking=True) for array in arrays]
-        loss = self.loss(*tensors, count)
-        loss.backward()
+        self.learn(*tensors, torch.full((), count, dtype=torch.float32, device=self.runtime.device))
         clip(self.model.parameters(), self.clip)
         for optimizer in self.optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            if not (self.record and self.learn.graph):  # which has its gradients in its own memory
+                optimizer.zero_grad()
         self.steps += 1
         self.tokens += count
         return count
@@ -225,4 +233,4 @@ def ours(settings, documents, vocab_size, runtime):
             return model.loss(inputs, targets)
 
     optimizers = make_optimizers(model, settings, runtime.dtype)
-    return Contender(model, optimizers, batches(), loss, nats, runtime, settings.grad_clip)
+    return Contender(model, optimizers, batches(), loss, nats, runtime, settings.grad_clip, record=rt.records(runtime, settings, 1))

@@ -6,6 +6,7 @@ noisy machine is noisy for all alike; the table shows medians. A JSON line for e
 """
 
 import argparse
+import functools
 import statistics
 import time
 
@@ -84,8 +85,10 @@ def prepare(way, options):
     for module in model.modules():  # packed weights are plain tensors
         read |= {id(value): value for value in vars(module).values() if isinstance(value, torch.Tensor)}
     size = sum(tensor.numel() * tensor.element_size() for name, tensor in read.items())
-    run = original_way if way == "original" else cached
-    return lambda ids, tokens: run(model, ids.to(options.device), tokens), size
+    if way == "original":
+        return lambda ids, tokens: original_way(model, ids.to(options.device), tokens), size
+    make = functools.lru_cache(1)(lambda batch: KVCache(model.config, batch, block_size, options.device, model.embedding.weight.dtype))
+    return lambda ids, tokens: cached(model, ids.to(options.device), tokens, make(len(ids))), size
 
 
 @torch.inference_mode()
@@ -101,9 +104,9 @@ def original_way(model, ids, tokens):
     return time.perf_counter() - begin
 
 
-def cached(model, ids, tokens):
-    """`generate`, from the second token on: the first one includes the prompt."""
-    cache = KVCache(model.config, len(ids), model.config.block_size, ids.device, model.embedding.weight.dtype)
+def cached(model, ids, tokens, cache):
+    """`generate`, from the second token on: the first one includes the prompt. The cache is one that a conversation keeps."""
+    cache.length = 0
     stream = generate(model, ids.tolist(), Sampling(max_new_tokens=tokens + 1, **SAMPLING), cache=cache)
     next(stream)
     common.synchronize(ids.device)

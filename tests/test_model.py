@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, GPTConfig, KVCache, Sampling, adjust, generate, sample
+from model import GPT, GPTConfig, KVCache, Sampling, adjust, generate, rotate, sample
 
 SHAPES = {"gpt2": dict(arch="gpt2", n_head=4), "modern": dict(arch="modern", n_head=4, n_kv_head=2)}
 
@@ -224,3 +224,12 @@ def test_generation_stops_at_a_stop_id_and_where_the_context_is_full(model):
     assert len(list(generate(model, [[5] * 60], Sampling(max_new_tokens=50)))) == 5  # 60 + 4 places, and one more token
     with pytest.raises(ValueError, match="does not fit"):
         next(generate(model, [[5] * 65], Sampling()))
+
+
+def test_both_forms_of_the_rotation_turn_alike():
+    model = GPT(GPTConfig(vocab_size=70, arch="modern", n_layer=1, n_head=2, n_embd=32, block_size=16))
+    x, place = torch.randn(3, 2, 16, 16), torch.arange(16)[None]
+    cos, sin = model._rotation(place, x)
+    one = rotate(x, cos, sin)
+    torch.testing.assert_close(rotate(x, torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)), one)
+    assert torch.equal(one[:, :, 0], x[:, :, 0]) and not torch.allclose(one[:, :, 1:], x[:, :, 1:])
