@@ -312,8 +312,8 @@ def choose_micro_batch(settings, runtime, model, rows):
         return next(n for n in divisors if n <= settings.micro_batch)
     if runtime.device.type != "cuda":
         return next(n for n in divisors if n == 1 or n * settings.block_size <= 8192)
-    room = 24 if rt.records(runtime, settings, 1) else 8  # the optimizers' state; what they compute with has no share in a graph's memory
-    state = torch.empty(room * model.count_parameters(), dtype=torch.uint8, device=runtime.device)
+    # Room for the optimizers' state and, as a recorded pass keeps its memory, for what Muon computes with: half of all matrices at once.
+    state = torch.empty(12 * model.count_parameters(), dtype=torch.uint8, device=runtime.device)
     for n in divisors:
         try:
             ids = torch.zeros(n, settings.block_size, dtype=torch.long, device=runtime.device)
