@@ -351,15 +351,14 @@ class GPT(nn.Module):
         if cache is not None:
             mask = cache.open(T, place)
             place = (cache.place - cache.start[:, None]).clamp(min=0)  # (B, T)
-        elif documents is None:
-            place = torch.arange(T, device=ids.device)
-            mask = ((place <= place[:, None]) | (not causal))[None, None]
-            place = place[None]
         else:
             place = torch.arange(T, device=ids.device)
-            mask = ((documents[:, None] == documents[:, :, None]) & ((place <= place[:, None]) | (not causal)))[:, None]  # (B, 1, T, T)
-            begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-            place = place - torch.where(begins, place, 0).cummax(dim=1).values
+            mask = ((place <= place[:, None]) | (not causal))[None, None]  # (1, 1, T, T)
+            if documents is not None:
+                mask = mask & (documents[:, None] == documents[:, :, None])[:, None]  # (B, 1, T, T)
+                begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+                place = place - torch.where(begins, place, 0).cummax(dim=1).values  # (B, T)
+            place = place.view(-1, T)
         x = self.embedding(ids)  # not compiled: the order in which its gradients are added would depend on the threads
         if not self.config.modern:
             x = x + self.positions(place)

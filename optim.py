@@ -126,8 +126,9 @@ def clip(parameters, limit):
     return norm
 
 
-def update(optimizers, scaler, model, settings, keep):
-    """Clips the gradient, takes a step unless it is not finite, and frees the gradient unless it is to be kept; its norm, a float."""
+def update(optimizers, scaler, model, settings, zeros, keep=False):
+    """Clips the gradient, takes a step unless it is not finite, and frees the gradient (`zeros`: sets it to zeros in place; `keep`:
+    leaves it); its norm, a float."""
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = clip(model.parameters(), settings.grad_clip)
@@ -136,7 +137,7 @@ def update(optimizers, scaler, model, settings, keep):
             scaler.step(optimizer)
     scaler.update()
     if not keep:  # a CPU's next step is a twentieth slower where they are freed at its beginning
-        model.zero_grad()
+        model.zero_grad(set_to_none=not zeros)
     return norm
 
 

@@ -202,8 +202,6 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
             set_learning_rate(optimizers, factor)
 
             # The pieces of a batch, and their random numbers, are the same for one process and for two.
-            if distributed is not None:
-                classifier.zero_grad(set_to_none=False)
             mine = list(enumerate(np.array_split(batch, pieces)))[runtime.rank::runtime.world]
             for number, piece in mine:
                 rt.seed_step(seed, step, number)

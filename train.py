@@ -84,8 +84,6 @@ def train(settings, runtime, dry_run, begin):
 
     def learn(inputs, targets, numbers, factor):
         """Makes the gradient of `factor` times the summed loss of a step's rows; that loss."""
-        if distributed is not None:
-            model.zero_grad(set_to_none=False)
         total = torch.zeros((), device=device)
         for row in range(0, rows, micro_batch):
             piece = slice(row, row + micro_batch)
@@ -166,7 +164,7 @@ def train(settings, runtime, dry_run, begin):
         count = epoch.real_targets(progress["row"], progress["row"] + settings.train_batch)
         tensors = to_device(epoch.batch(first, first + rows), device)
         total = learn(*tensors, torch.full((), runtime.world / count, device=device))  # DDP takes the mean over processes
-        norm = update(optimizers, scaler, model, settings, keep=distributed is not None or record and learn.graph is not None)
+        norm = update(optimizers, scaler, model, settings, distributed is not None, keep=record and learn.graph is not None)
         refused = 0 if math.isfinite(norm) else refused + 1
         if refused == 20:
             raise UserError(f"the gradient has not been finite for {refused} steps at step {step}: lower lr={settings.lr} "
