@@ -45,7 +45,8 @@ class BlockMuon(torch.optim.Muon):
                 # torch.optim.Muon's update has the norm of as many singular values of 1 as the matrix has rows.
                 scale = math.sqrt(shape[0] * size / (shape[side] * min(size, shape[1 - side])))
                 for part in parts:
-                    torch._foreach_mul_(parameters[part], 1 - group["lr"] * group["weight_decay"])
+                    if group["weight_decay"]:
+                        torch._foreach_mul_(parameters[part], 1 - group["lr"] * group["weight_decay"])
                     torch._foreach_add_(parameters[part], updates[part].unbind(), alpha=-group["lr"] * scale)
 
 

@@ -45,7 +45,7 @@ class Training(Common):
 
     compile: bool = key(False, "compile the model's parts with torch.compile")
     block_size: int = key(256, "positions in a row: the longest context", low=2)
-    dropout: float = key(0.0, "dropout on embeddings, attention and residual branches", low=0, high=0.95)
+    dropout: float = key(0.0, "dropout on embeddings and residual branches (arch=gpt2: on attention too)", low=0, high=0.95)
     train_percent: float = key(0.98, "share of the dialogues (reviews) that is trained on", low=0, high=1)
     train_batch: int = key(16, "rows in a step, over all processes and accumulation", low=1)
     test_batch: int = key(16, "rows at once in an evaluation", low=1)
