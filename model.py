@@ -29,7 +29,7 @@ class GPTConfig:
     n_head: int = 4
     n_kv_head: int | None = None
     n_embd: int = 256
-    dropout: float = 0.0  # of embeddings and of what blocks add; in gpt2 of attention too: it costs time and gained nothing (bench/LOG.md)
+    dropout: float = 0.0  # of embeddings and of what blocks add; gpt2: of attention too (bench/LOG.md)
     bias: bool = True
     tied: bool | None = None  # output layer is the token embedding; None: gpt2 yes, modern no
 
@@ -489,7 +489,7 @@ class Recorded:
             if self.graph is None:
                 gc.collect()  # a graph that is freed while another is recorded spoils that one
                 inputs, graph = [tensor.clone() for tensor in tensors], torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+                with torch.cuda.graph(graph, stream=torch.cuda.Stream()):  # its own: freed, it takes that one's workspace (pytorch#193402)
                     self.output = self.function(*inputs)
                 self.inputs, self.graph = inputs, graph
             for own, given in zip(self.inputs, tensors):
@@ -574,8 +574,11 @@ def next_logits(model, ids, cache):
     if seen not in cache.steps:
         own = weakref.proxy(cache)  # without a cycle the graphs are freed with the cache
         cache.steps[seen] = Recorded(lambda ids, place: model.logits(model.hidden(ids, cache=own, place=place)[:, -1]))
-    logits = cache.steps[seen](ids, torch.full((1,), length, device=ids.device))
-    cache.length = length + 1
+    try:
+        logits = cache.steps[seen](ids, torch.full((1,), length, device=ids.device))
+    finally:
+        cache.length = length  # recording advances it, even if it is interrupted; playing back does not
+    cache.length += 1
     return logits
 
 

@@ -43,7 +43,7 @@ class Common:
 class Training(Common):
     """Keys of everything that trains."""
 
-    compile: bool = key(False, "compile the model's parts with torch.compile")
+    compile: bool = key(False, "compile the model's parts with torch.compile; on one GPU also record each step as a CUDA graph")
     block_size: int = key(256, "positions in a row: the longest context", low=2)
     dropout: float = key(0.0, "dropout on embeddings and residual branches (arch=gpt2: on attention too)", low=0, high=0.95)
     train_percent: float = key(0.98, "share of the dialogues (reviews) that is trained on", low=0, high=1)

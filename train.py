@@ -80,7 +80,7 @@ def train(settings, runtime, dry_run, begin):
     if settings.compile:
         compile_or_say(model, runtime)
     distributed = rt.distribute(runtime, model)
-    record = rt.records(runtime, settings, -(-rows // micro_batch))
+    record = rt.records(runtime, settings, rows // micro_batch)
 
     def learn(inputs, targets, numbers, factor):
         """Makes the gradient of `factor` times the summed loss of a step's rows; that loss."""
