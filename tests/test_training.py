@@ -100,7 +100,8 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(tmp_path, number):
 def test_a_terminal_that_is_closed_costs_no_step_and_under_nohup_nothing_at_all(tmp_path, ignored):
     config = runs.write_config(str(tmp_path), save_freq=5, **(dict(max_steps=200) if ignored else {}))
     program, *arguments = [*(["nohup"] if ignored else []), sys.executable, os.path.join(runs.ROOT, "train.py"), config]
-    terminal = pexpect.spawn(program, arguments, env=os.environ | runs.THREAD, cwd=str(tmp_path))
+    terminal = pexpect.spawn(program, arguments, env=os.environ | runs.THREAD, cwd=str(tmp_path),
+                             preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # the tests may run under nohup
     runs.wait_for(lambda: os.path.exists(tmp_path / "checkpoints/cpt5.pth"))
     before = runs.checkpoint(tmp_path / "checkpoints")["progress"]["step"]
     os.close(terminal.child_fd)  # the kernel sends SIGHUP, and what is written from now on is an error
