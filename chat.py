@@ -248,6 +248,8 @@ def terminal(conversation, path):
                 conversation.notice("(forgotten)")
             elif text.startswith("/"):
                 command(conversation, text)
+            elif text and len(conversation.utterances) % 2:
+                conversation.notice("(the last line loaded has no answer yet: /retry answers it, /undo takes it back)")
             elif text:
                 conversation.hear(text)
                 speak(conversation)
@@ -356,8 +358,6 @@ def load_conversation(conversation, path):
         conversation.hear(text)
     asked = "; /retry answers the last one" if len(conversation.utterances) % 2 else ""
     first = ", its first dialogue" if more else ""
-    if not more:
-        conversation.saved.add(path)
     conversation.notice(f"({len(conversation.utterances)} utterances read from {path}{first}{asked})")
 
 

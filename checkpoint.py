@@ -27,6 +27,7 @@ from settings import UserError
 from tokenizer import PAD, CharTokenizer
 
 FORMAT = 1
+OURS = re.compile(r"cpt\d+\.pth|(best|last)\.pth|metrics\.json")  # what a run writes into its checkpoint_root
 CHECKED = 4000  # characters of the corpus that check_vocabulary reads
 SURPRISE = 1.0  # nats a character over what a model expects: its own corpus gives 0 or less, a permuted vocabulary 4 or 5
 
@@ -113,14 +114,13 @@ def name_also(path, name):
 def numbered(folder):
     """[(step, path)] of a folder's cpt{step}.pth, newest first."""
     paths = glob.glob(os.path.join(glob.escape(folder), "cpt*.pth"))
-    matches = [(re.search(r"cpt(\d+)\.pth$", path), path) for path in paths]
+    matches = [(re.fullmatch(r"cpt(\d+)\.pth", os.path.basename(path)), path) for path in paths]
     return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
 
 
 def set_aside(folder):
     """Moves an earlier run's checkpoints and figures out of the way of a new one; returns where to, or None if there were none."""
-    ours = re.compile(r"cpt\d+\.pth|(best|last)\.pth|metrics\.json")
-    names = list(filter(ours.fullmatch, os.listdir(folder))) if os.path.isdir(folder) else []
+    names = list(filter(OURS.fullmatch, os.listdir(folder))) if os.path.isdir(folder) else []
     if not names:
         return None
     target = os.path.join(folder, time.strftime("before-%Y%m%d-%H%M%S"))

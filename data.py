@@ -184,7 +184,7 @@ def prepare(settings, tokenizer=None):
         os.makedirs(cache, exist_ok=True)
         for left in glob.glob(os.path.join(glob.escape(cache), ".making-*")):  # by a process that was killed
             with contextlib.suppress(FileNotFoundError):  # another process has just finished it
-                if time.time() - max(os.path.getmtime(path) for path in [left, *glob.glob(glob.escape(left) + "/*")]) > 3600:
+                if time.time() - max(os.path.getmtime(path) for path in [left, *glob.glob(glob.escape(left) + "/*")]) > 7 * 86400:
                     shutil.rmtree(left, ignore_errors=True)
         os.mkdir(work := os.path.join(cache, f".making-{uuid.uuid4().hex}"))
     except OSError as error:
@@ -249,6 +249,9 @@ def _write_store(folder, path, settings, tokenizer, corpus):
     if tokenizer is None:
         texts = (points[np.repeat(mask, lengths)] for points, lengths, mask in again("making the vocabulary"))
         tokenizer = tokenizer_module.train(settings.tokenizer, texts, settings.vocab_size, settings.min_freq)
+        if tokenizer.size == len(tokenizer_module.SPECIALS):
+            raise UserError(f"min_freq={settings.min_freq} and vocab_size={settings.vocab_size} leave no character of {path}: "
+                            "lower the one (1 takes all), raise the other (empty: no limit)")
     sizes = []
     with open(os.path.join(folder, "ids.bin"), "wb") as file:
         for points, lengths, _ in again("encoding"):

@@ -174,6 +174,7 @@ class Runtime:
 def start(settings, processes=None):
     """The Runtime of this process; joins the group of `processes` when torchrun started it."""
     processes = processes or Processes()
+    torch.set_flush_denormal(True)  # AdamW's means of tokens long not met would slow a CPU's step; threads yet to come inherit it
     quiet = processes.rank > 0
     device = pick_device(settings.device, processes.local_rank, quiet)
     if device.type == "cuda":

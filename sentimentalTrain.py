@@ -96,6 +96,10 @@ def check(settings):
         raise UserError("base_model is not set; name a checkpoint, for example base_model=checkpoints/demo/best.pth")
     if not os.path.isfile(settings.base_model):
         checkpoint.load(settings.base_model)  # says so
+    folder, name = os.path.split(settings.base_model)
+    if checkpoint.OURS.fullmatch(name) and os.path.realpath(folder) == os.path.realpath(settings.checkpoint_root):
+        raise UserError(f"base_model={settings.base_model} lies in checkpoint_root: the classifier would take its place, "
+                        "and the next run start from that; name another checkpoint_root")
     texts, labels, names, _ = data.read_reviews(settings.sentimental_data_path)
     for _, _, training, *_ in data.splits(texts, labels, names, settings):
         if len(training) < settings.train_batch:
@@ -182,7 +186,8 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
     scaler = torch.amp.GradScaler(device.type, enabled=runtime.dtype == torch.float16)
     distributed = rt.distribute(runtime, classifier)
     pieces = count_pieces(settings, runtime)
-    writer = rt.tensorboard(runtime, settings.tensorboard_path and os.path.join(settings.tensorboard_path, os.path.basename(folder)))
+    name = os.path.relpath(folder, os.path.dirname(os.path.abspath(settings.checkpoint_root)))  # with the run's, if there are several
+    writer = rt.tensorboard(runtime, settings.tensorboard_path and os.path.join(settings.tensorboard_path, name))
     bar = rt.step_bar(runtime, total=min(settings.max_steps or math.inf, settings.max_epoch * steps))
     step, epoch, best, best_state, history, worse, refused, share = 0, 0, None, None, [], 0, 0, 0.0
 

@@ -57,8 +57,8 @@ class Training(Common):
     max_minutes: float | None = key(None, "stop after so many minutes; the schedule ends there too", low=0)
     patience: int | None = key(None, "stop after so many evaluations without improvement", low=1)
     optimizer: str = key("adamw", "muon: Muon for hidden matrices, AdamW for the rest", choices=("adamw", "muon"))
-    lr: float = key(3e-4, "peak learning rate of AdamW", low=0)
-    muon_lr: float = key(0.02, "peak learning rate of Muon", low=0)
+    lr: float = key(3e-4, "peak learning rate of AdamW", low=0, high=1e6)
+    muon_lr: float = key(0.02, "peak learning rate of Muon", low=0, high=1e6)
     min_lr: float = key(0.0, "last learning rate of AdamW; Muon's keeps the same proportion", low=0)
     warmup_steps: int = key(0, "steps of linear warm-up", low=0)
     schedule: str = key("cosine", "wsd: warm-up, stable, then linear decay", choices=("cosine", "wsd"))
@@ -98,7 +98,7 @@ class ChatSettings(Common):
 
     seed: int | None = key(None, "same seed, same replies; empty: other ones each time", low=0)
     quantize: str | None = key(None, "weights in 8 or 4 bits: less memory, faster", choices=("int8", "int4"))
-    temperature: float = key(0.65, "0: always the likeliest token", low=0)
+    temperature: float = key(0.65, "0: always the likeliest token", low=0, high=1e6)
     top_k: int = key(0, "sample among the k likeliest tokens; 0: all", low=0)
     top_p: float = key(0.92, "sample among the likeliest tokens that hold this share of probability", low=0, high=1)
     min_p: float = key(0.0, "drop tokens under this share of the likeliest one's probability", low=0, high=1)
@@ -158,7 +158,7 @@ def _parse(name, value, field, hint):
                 parts = value if isinstance(value, list) else str(value).strip("[]").split(",")
                 parsed = [item(str(part)) for part in parts if str(part).strip()]
             else:
-                parsed = str(value)
+                parsed = os.path.expanduser(str(value))  # "~" in a YAML file; a shell replaces only its own
         except (ValueError, KeyError, OverflowError, TypeError):
             continue
         low, high, choices = (field.metadata[k] for k in ("low", "high", "choices"))
@@ -261,13 +261,20 @@ def parser(script, usage):
 
 
 def tune_allocator():
-    """Keeps glibc's malloc from giving pages back and faulting them in anew each time: a fifth of a training step on a CPU."""
+    """Keeps glibc's malloc from giving pages back and faulting them in anew each time, a fifth of a training step on a CPU, and asks
+    Linux for huge pages, a twentieth."""
     try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return  # not glibc
-    for parameter, value in ((-1, 2**31 - 1), (-2, 256 << 20), (-4, 0)):  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
-        mallopt(parameter, value)
+        libc = ctypes.CDLL("libc.so.6")
+        for parameter, value in ((-1, 2**31 - 1), (-2, 256 << 20), (-4, 0)):  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
+            libc.mallopt(parameter, value)
+        with open("/proc/self/maps", "rb") as file:
+            heap = next(int(line.split(b"-")[0], 16) for line in file if line.endswith(b"[heap]\n"))
+    except (OSError, AttributeError, StopIteration):
+        return  # not glibc, or not Linux
+    libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+    room = libc.malloc(ctypes.c_size_t(3 << 29))  # only what is mapped can be advised; the free end of a heap is kept below 2 GiB
+    libc.madvise(ctypes.c_void_p(heap), ctypes.c_size_t(libc.sbrk(0) - heap), 14)  # MADV_HUGEPAGE
+    libc.free(ctypes.c_void_p(room))
 
 
 def main(function):

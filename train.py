@@ -346,7 +346,7 @@ def evaluate(model, held_out, tokenizer, settings, runtime):
     model.eval()
     with torch.compiler.set_stance("force_eager"), runtime.autocast():
         for row in batches[runtime.rank::runtime.world]:
-            arrays = rows.batch(row, row + settings.test_batch)
+            arrays = rows.batch(row, min(row + settings.test_batch, len(rows)))
             inputs, targets, numbers = to_device(arrays, runtime.device)
             nats += model.loss(inputs, targets, numbers).item()
             real = arrays[1][arrays[1] != data.IGNORE]

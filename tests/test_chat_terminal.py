@@ -155,6 +155,11 @@ def test_every_command_does_what_help_says(path, tmp_path):
         assert terminal.say("/set best_of 4") == "best_of=4"
         assert terminal.say("吃饭")
         assert terminal.say("/load nothing.txt") == "there is no file nothing.txt"
+        (tmp_path / "odd.txt").write_text("你好\n在吗\n早\n")
+        assert "/retry answers the last one" in terminal.say("/load odd.txt")
+        assert "exists" in terminal.say("/save odd.txt")
+        assert terminal.say("今天") == "(the last line loaded has no answer yet: /retry answers it, /undo takes it back)"
+        assert terminal.say("/retry") and "turns: 2" in terminal.say("/stats")
         assert terminal.say("/dance") == "/dance is no command; /help lists them"
         assert re.search(r"cpt1\.pth · context \d+/128 · \d+ tokens/s", terminal.text.rstrip().splitlines()[-1])
         assert terminal.leave() == 0

@@ -160,6 +160,12 @@ def test_so_many_are_kept_beside_the_best_and_the_last(tmp_path, keep):
     assert len(os.listdir(folder)) == keep + 3
 
 
+def test_files_that_a_person_named_are_neither_pruned_nor_gone_on_from(tmp_path):
+    (tmp_path / "my_cpt100.pth").write_bytes(b"mine")
+    checkpoint.save(str(tmp_path), 3, make_content(), keep=0)
+    assert (tmp_path / "my_cpt100.pth").exists() and [step for step, _ in checkpoint.numbered(str(tmp_path))] == [3]
+
+
 def test_naming_twice_leaves_nothing_behind_and_changes_no_other_file(tmp_path):
     first, second = (checkpoint.save(str(tmp_path), step, make_content(step)) for step in (1, 2))
     for path in (first, first, second, second):

@@ -84,9 +84,16 @@ def test_half_an_emoji_in_jsonl_becomes_a_question_mark(tmp_path):
     assert list(data.read_dialogues(str(path))) == ["好?\n嗯"]
 
 
-def test_what_a_killed_preparation_left_goes_after_an_hour(tmp_path):
+def test_a_min_freq_above_all_counts_is_an_error_and_leaves_no_store(tmp_path):
     (tmp_path / "c.txt").write_text("你好\n你好\n\n再见\n再见\n")
-    for name, age in (("old", 4000), ("new", 10)):
+    with pytest.raises(UserError, match="min_freq=9 and vocab_size=None leave no character"):
+        data.prepare(make_settings(tmp_path / "c.txt", min_freq=9))
+    assert not list((tmp_path / ".cache").iterdir())
+
+
+def test_what_a_killed_preparation_left_goes_after_a_week(tmp_path):
+    (tmp_path / "c.txt").write_text("你好\n你好\n\n再见\n再见\n")
+    for name, age in (("old", 8 * 86400), ("new", 6 * 86400)):
         file = tmp_path / ".cache" / f".making-{name}" / "ids.bin"
         file.parent.mkdir(parents=True)
         file.write_bytes(b"x")

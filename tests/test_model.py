@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, GPTConfig, KVCache, Sampling, adjust, generate, rotate, sample
+from model import GPT, GPTConfig, KVCache, Sampling, adjust, drop, generate, rotate, sample
 
 SHAPES = {"gpt2": dict(arch="gpt2", n_head=4), "modern": dict(arch="modern", n_head=4, n_kv_head=2)}
 
@@ -17,6 +17,13 @@ def model(request):
         for parameter in made.parameters():  # so that nothing is 0 and greedy tokens vary
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return made
+
+
+def test_dropout_drops_the_same_features_at_all_positions_of_a_row_and_keeps_the_mean():
+    dropped = drop(torch.ones(64, 5, 1000), 0.2)
+    assert (dropped == dropped[:, :1]).all() and not (dropped[0] == dropped[1]).all()
+    assert dropped.unique().tolist() == [0, 1.25] and dropped.mean().item() == pytest.approx(1, abs=0.01)
+    assert (drop(torch.ones(2, 3, 4), 0.2, training=False) == 1).all()
 
 
 @pytest.mark.parametrize("tied", [True, False])

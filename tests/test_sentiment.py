@@ -280,6 +280,7 @@ def test_every_seed_of_given_test_sets_has_a_folder_of_its_own(config, tmp_path,
     (tmp_path / "split.json").write_text(json.dumps([list(range(k, len(texts), 3)) for k in range(2)]))
     run(monkeypatch, config, f"split_path={tmp_path}/split.json", "seeds=[1,2]", "max_epoch=1")
     assert len({one["folder"] for one in metrics(tmp_path / "out")["runs"]}) == 4
+    assert len(list((tmp_path / "runs" / "out").glob("*"))) == 4  # not where another configuration's seed1 is
 
 
 def test_a_run_stopped_between_folds_and_configurations_keeps_the_figures_of_what_ended(config, tmp_path, monkeypatch, capsys):
@@ -372,6 +373,14 @@ def test_a_classifier_can_start_from_a_classifier(config, tmp_path, monkeypatch)
     assert after["config"]["vocab_size"] == before["config"]["vocab_size"]
     assert torch.allclose(after["classifier"]["head"]["weight"], before["classifier"]["head"]["weight"], atol=1e-6)
     assert metrics(tmp_path / "second")["accuracy"] == metrics(tmp_path / "out")["accuracy"]
+
+
+def test_a_base_in_checkpoint_root_is_refused_and_stays(config, tmp_path, monkeypatch):
+    """The run would put its classifier in the base's place, and the same command would start from that, trained on the new test part."""
+    run(monkeypatch, config, "max_epoch=1")
+    with pytest.raises(UserError, match="lies in checkpoint_root"):
+        run(monkeypatch, config, f"base_model={tmp_path}/out/best.pth", "max_epoch=1")
+    assert (tmp_path / "out" / "best.pth").exists() and not list((tmp_path / "out").glob("before-*"))
 
 
 def test_several_configurations_end_in_one_table_and_a_picture(config, tmp_path, monkeypatch, capsys):

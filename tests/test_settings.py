@@ -1,10 +1,14 @@
 """Settings: what is written is what is meant, or one line says why not."""
 
 import dataclasses
+import os
+import platform
+import shutil
 import subprocess
 import sys
 
 import pytest
+import yaml
 
 import settings
 from settings import ChatSettings, SentimentSettings, TrainSettings, UserError, build, overrides, read_yaml
@@ -30,6 +34,7 @@ def test_an_empty_mapping_gives_the_defaults():
     ("bias: 0", dict(bias=False)), ("micro_batch: 4", dict(micro_batch=4)), ("micro_batch: auto", dict(micro_batch="auto")),
     ("device: cuda  # here", dict(device="cuda")), ("tied: NULL", dict(tied=None)), ("tied: True", dict(tied=True)),
     ("checkpoint_root: 我的/检查点", dict(checkpoint_root="我的/检查点")), ("checkpoint_root: 2024", dict(checkpoint_root="2024")),
+    ("checkpoint_root: ~/x", dict(checkpoint_root=os.path.expanduser("~/x"))),
     ("ddp: True\nlocal_rank: 0\nworld_size: 8", {}), ("temperature: 0.5\nuse_mask: True", {}), ("", {}), ("# only a comment", {})])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_yaml_means_what_it_says(tmp_path, written, meant, mark):
@@ -162,3 +167,15 @@ def test_yaml_that_cannot_be_meant_is_one_line(tmp_path, text):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(UserError, match="c.yaml"):
         read_yaml(str(tmp_path / "c.yaml"))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or not os.path.exists("/sys/kernel/mm/transparent_hugepage"), reason="glibc on Linux")
+def test_the_heap_is_to_have_huge_pages_whatever_paths_are_mapped(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/\xff"  # a library whose path is not UTF-8
+    shutil.copytree(os.path.dirname(yaml.__file__), os.fsdecode(folder) + "/yaml")
+    code = ("import os, yaml, settings; settings.tune_allocator(); maps = open('/proc/self/smaps', 'rb').read(); "
+            "flags = maps[maps.index(b'[heap]'):].split(b'VmFlags:')[1].splitlines()[0].split(); "
+            "print(os.fsencode(yaml._yaml.__file__) in maps, b'hg' in flags)")
+    path = os.fsdecode(folder) + os.pathsep + os.path.dirname(settings.__file__)
+    found = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=True)
+    assert found.stdout == "True True\n"
