@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -169,7 +168,6 @@ def test_yaml_that_cannot_be_meant_is_one_line(tmp_path, text):
         read_yaml(str(tmp_path / "c.yaml"))
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or not os.path.exists("/sys/kernel/mm/transparent_hugepage"), reason="glibc on Linux")
 def test_the_heap_is_to_have_huge_pages_whatever_paths_are_mapped(tmp_path):
     folder = os.fsencode(tmp_path) + b"/\xff"  # a library whose path is not UTF-8
     shutil.copytree(os.path.dirname(yaml.__file__), os.fsdecode(folder) + "/yaml")
@@ -178,4 +176,4 @@ def test_the_heap_is_to_have_huge_pages_whatever_paths_are_mapped(tmp_path):
             "print(os.fsencode(yaml._yaml.__file__) in maps, b'hg' in flags)")
     path = os.fsdecode(folder) + os.pathsep + os.path.dirname(settings.__file__)
     found = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=True)
-    assert found.stdout == "True True\n"
+    assert found.stdout == f"True {os.path.exists('/sys/kernel/mm/transparent_hugepage')}\n"  # a kernel may be built without
