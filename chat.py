@@ -1,5 +1,6 @@
 """Talk with a checkpoint, at a terminal or through a pipe: python chat.py CONFIG|CHECKPOINT [key=value …]."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -260,12 +261,18 @@ def terminal(conversation, path):
 def line_history(path):
     """Lines typed before, from a file; without one, or where it cannot be written, for this time only."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    class Lines(FileHistory):
+        def store_string(self, string):
+            with contextlib.suppress(OSError):  # the disk is full: of what is typed nothing else is lost
+                super().store_string(string)
+
     if path is None:
         return InMemoryHistory()
     path = os.path.expanduser(path)
     try:
         with open(path, "a"):
-            return FileHistory(path)
+            return Lines(path)
     except OSError as error:
         print(f"history_path={path} cannot be written ({error.strerror}): what you type will not be remembered", file=sys.stderr)
         return InMemoryHistory()
@@ -332,7 +339,7 @@ def change(conversation, rest):
 def save(conversation, path):
     texts = [text.strip() or "…" for text, _ in conversation.utterances]  # an empty line would end the dialogue
     content = "\n".join(texts)
-    if path.endswith((".jsonl", ".json")):
+    if path.lower().endswith((".jsonl", ".json")):
         turns = [dict(role=("user", "assistant")[n % 2], content=text) for n, text in enumerate(texts)]
         content = json.dumps({"messages": turns}, ensure_ascii=False)
     try:

@@ -61,7 +61,8 @@ def save(folder, step, content, keep=2):
     write(path, content)
     name_also(path, "last.pth")
     for _, old in numbered(folder)[keep + 1:]:  # the newest is last.pth
-        os.unlink(old)
+        if old != path:  # another run is in this folder, and further
+            os.unlink(old)
     for left in glob.glob(os.path.join(glob.escape(folder), ".saving-cpt*.pth")):  # by a run that was killed while it saved
         os.unlink(left)
     return path

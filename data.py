@@ -62,8 +62,10 @@ def corpus_errors(path):
         raise UserError(f"data_path={path} does not exist; put a text file there, an utterance a line and an empty line "
                         "between dialogues (data/sample_dialogues.txt is one), or fetch one: python data.py download chat")
     except UnicodeDecodeError as error:
+        with open(path, "rb") as file:
+            likely = "UTF-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "GB18030"
         raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); "
-                        f"convert it: iconv -f GB18030 -t UTF-8 {path} > utf8.txt")
+                        f"convert it: iconv -f {likely} -t UTF-8 {path} > utf8{os.path.splitext(path)[1]}")
     except OSError as error:
         raise UserError(f"data_path={path} cannot be read: {error.strerror}")
 

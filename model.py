@@ -458,8 +458,9 @@ class Classifier(nn.Module):
             return self.classifier(read.float())
 
     def freeze(self, tokens, frozen):
-        """Leaves to be trained what is used, or if `frozen` the last block, the norm, the head and the last `tokens` embeddings."""
-        gpt = self.gpt
+        """Leaves to be trained what is used, or if `frozen` the last block, the norm, the head and the last `tokens` embeddings;
+        returns how many parameters that are."""
+        gpt, others = self.gpt, 0
         if not gpt.config.tied:
             gpt.head.requires_grad_(False)  # the language model's: of no use here
         if frozen:
@@ -469,12 +470,8 @@ class Classifier(nn.Module):
             new = torch.zeros(gpt.config.rows, 1, device=gpt.embedding.weight.device)
             new[gpt.config.vocab_size - tokens:gpt.config.vocab_size] = 1
             gpt.embedding.weight.register_hook(lambda gradient: gradient * new)
-
-    def count_trained(self, tokens, frozen):
-        """How many parameters `freeze` left to be trained."""
-        count = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        rest = self.gpt.config.rows - tokens
-        return count - rest * self.gpt.config.n_embd if frozen else count
+            others = (gpt.config.rows - tokens) * gpt.config.n_embd  # embeddings that stay
+        return sum(p.numel() for p in self.parameters() if p.requires_grad) - others
 
 
 class Recorded:

@@ -273,14 +273,15 @@ def least(runtime, value):
     return int(smallest)
 
 
-class _Terminal(io.FileIO):
-    """A terminal that may be closed, before SIGHUP is noticed even: what is written then is lost, which is no error."""
+class _Output(io.FileIO):
+    """A terminal that may be closed, before SIGHUP is noticed even, or a pipe to `tee`, which Ctrl-C ends as well: what is written then
+    is lost, which is no error."""
 
     def write(self, content):
         try:
             return super().write(content)
         except OSError as error:
-            if error.errno != errno.EIO:
+            if error.errno not in (errno.EIO, errno.EPIPE):
                 raise
             return len(content)
 
@@ -295,9 +296,9 @@ class StopSignal:
         self.name = None
         self.parent = os.getppid() if processes.torchrun else None
         for name in ("stdout", "stderr"):
-            if (stream := getattr(sys, name)).isatty():
-                terminal = io.BufferedWriter(_Terminal(stream.fileno(), "w", closefd=False))
-                setattr(sys, name, io.TextIOWrapper(terminal, stream.encoding, "replace", line_buffering=True))
+            if (stream := getattr(sys, name)) is getattr(sys, f"__{name}__"):  # no notebook's
+                output = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
+                setattr(sys, name, io.TextIOWrapper(output, stream.encoding, "replace", line_buffering=True))
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
             if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):

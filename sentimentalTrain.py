@@ -170,8 +170,7 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
     steps = -(-len(training) // settings.train_batch)
     classifier.to(device).train()
     classifier.gpt.checkpointing = settings.checkpointing
-    classifier.freeze(NEW, settings.frozen)
-    trained = classifier.count_trained(NEW, settings.frozen)
+    trained = classifier.freeze(NEW, settings.frozen)
     alike = lengths if settings.use_mask else np.zeros_like(lengths)  # what batches are made by
     order = data.by_length(training, alike, settings.train_batch, np.random.default_rng([seed, 0]))
     filling = 1 - lengths[training].sum() / sum(len(batch) * (width or lengths[batch].max()) for batch in order)

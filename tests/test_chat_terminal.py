@@ -10,6 +10,7 @@ import pyte
 import pytest
 
 import checkpoint
+from chat import line_history
 from runs import ROOT
 from test_chat import LETTERS, tiny_model
 from tokenizer import CharTokenizer
@@ -125,6 +126,14 @@ def test_lines_are_edited_by_wide_characters_pasted_whole_and_remembered(path, t
         assert terminal.leave("\x04") == 0  # Ctrl-D
 
 
+def test_lines_that_cannot_be_remembered_are_no_error(tmp_path):
+    history = line_history(tmp_path / "folder")
+    (tmp_path / "folder").unlink()
+    (tmp_path / "folder").mkdir()
+    history.append_string("你好")
+    assert history.get_strings() == ["你好"]
+
+
 def test_every_command_does_what_help_says(path, tmp_path):
     with Terminal(path, tmp_path / "history", "max_new_tokens=20") as terminal:
         assert all(name in terminal.say("/help") for name in ("/set", "/retry", "/undo", "/save", "/load", "/stats", "flush", "exit"))
@@ -141,7 +150,7 @@ def test_every_command_does_what_help_says(path, tmp_path):
         assert terminal.say("/retry") == greedy
         assert terminal.say("/set no_repeat_ngram 2") == "no_repeat_ngram=2"
         assert terminal.say("今天")
-        assert "4 utterances written" in terminal.say("/save a b.jsonl") and "4 utterances written" in terminal.say("/save a b.jsonl")
+        assert "4 utterances written" in terminal.say("/save a b.JSONL") and "4 utterances written" in terminal.say("/save a b.JSONL")
         (tmp_path / "mine.txt").write_text("mine\n")
         assert "exists" in terminal.say("/save mine.txt")
         assert (tmp_path / "mine.txt").read_text() == "mine\n"
@@ -149,7 +158,7 @@ def test_every_command_does_what_help_says(path, tmp_path):
         assert "turns: 1" in terminal.say("/stats") and "tokens/s" in terminal.text and "first token after" in terminal.text
         assert terminal.say("flush") == "(forgotten)"
         assert "context 0/128" in terminal.text.rstrip().splitlines()[-1]
-        assert "4 utterances read" in terminal.say("/load a b.jsonl")
+        assert "4 utterances read" in terminal.say("/load a b.JSONL")
         assert terminal.say("/undo") == "(turns left: 1)"
         assert terminal.say("/retry") == greedy
         assert terminal.say("/set best_of 4") == "best_of=4"

@@ -160,6 +160,13 @@ def test_so_many_are_kept_beside_the_best_and_the_last(tmp_path, keep):
     assert len(os.listdir(folder)) == keep + 3
 
 
+def test_a_run_does_not_prune_its_own_file_where_another_is_further(tmp_path):
+    for step in (40, 60, 20):
+        path = checkpoint.save(str(tmp_path), step, make_content(step), keep=0)
+    checkpoint.name_also(path, "best.pth")
+    assert checkpoint.read(path)["progress"]["step"] == 20
+
+
 def test_files_that_a_person_named_are_neither_pruned_nor_gone_on_from(tmp_path):
     (tmp_path / "my_cpt100.pth").write_bytes(b"mine")
     checkpoint.save(str(tmp_path), 3, make_content(), keep=0)

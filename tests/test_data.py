@@ -104,7 +104,8 @@ def test_what_a_killed_preparation_left_goes_after_a_week(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
-    ("a.txt", "你好\n吃了吗".encode("gb18030"), "not UTF-8"),
+    ("a.txt", "你好\n吃了吗".encode("gb18030"), "not UTF-8.*-f GB18030"),
+    ("h.txt", "你好\n吃了吗".encode("utf-16"), "not UTF-8.*-f UTF-16"),
     ("f.txt", "你好\r\n\r\n".encode() * 100_000 + b"\xff", "at byte 1000000"),
     ("g.jsonl", b'{"messages": []}\n{"\xff', "at byte 19"),
     ("b.jsonl", b'{"text": 1}', "line 1"),

@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -109,6 +110,23 @@ def test_a_terminal_that_is_closed_costs_no_step_and_under_nohup_nothing_at_all(
     assert os.waitstatus_to_exitcode(os.waitpid(terminal.pid, 0)[1]) == 0
     step = runs.checkpoint(tmp_path / "checkpoints")["progress"]["step"]
     assert step == 200 if ignored else step >= before
+
+
+def test_a_reader_of_the_output_that_ends_first_costs_no_step(tmp_path):
+    """`… | tee log`, which Ctrl-C ends as well; evaluations write before they save."""
+    process = runs.start(runs.write_config(str(tmp_path), eval_freq=5, keep=9), **runs.THREAD)
+    runs.wait_for(lambda: os.path.exists(tmp_path / "checkpoints/cpt5.pth"))
+    process.stdout.close()
+    runs.wait_for(lambda: os.path.exists(tmp_path / "checkpoints/cpt20.pth"))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0 and runs.checkpoint(tmp_path / "checkpoints")["progress"]["step"] >= 20
+
+
+def test_closed_standard_streams_are_no_error(tmp_path):
+    config = runs.write_config(str(tmp_path), max_steps=1)
+    done = subprocess.run(["bash", "-c", f"{sys.executable} train.py {config} <&- >&- && {sys.executable} train.py {config} 2>&-"],
+                          env=os.environ | runs.THREAD, cwd=runs.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "finished after 1 steps" in done.stdout
 
 
 def test_a_second_ctrl_c_leaves_at_once(tmp_path):
