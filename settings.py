@@ -289,9 +289,11 @@ def main(function):
     try:
         return function()
     except UserError as error:
+        error.__traceback__ = None  # ends the progress bars that the function had: the message begins a line
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        error.__traceback__ = None
         print("interrupted", file=sys.stderr)
         raise SystemExit(130)
     except BrokenPipeError:  # `… | head`: the reader has gone
@@ -300,5 +302,6 @@ def main(function):
     except OSError as error:
         if error.errno not in FULL:
             raise
+        error.__traceback__ = None
         print(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr)
         raise SystemExit(2)

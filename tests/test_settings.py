@@ -149,6 +149,14 @@ def test_an_error_of_the_user_is_one_line_and_status_2_and_a_bug_keeps_its_trace
         assert done.returncode == 1 and "Traceback" in done.stderr
 
 
+@pytest.mark.parametrize("wrong", [
+    "raise settings.UserError('wrong')", "open('/dev/full', 'w').write('x' * 10**6)", "raise KeyboardInterrupt"])
+def test_an_error_during_long_work_begins_a_line_and_is_the_last(wrong):
+    program = f"import settings, tqdm\ndef f():\n    bar = tqdm.tqdm(total=9)\n    {wrong}\nsettings.main(f)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=settings.__file__.rpartition("/")[0], capture_output=True, text=True)
+    assert "0/9" in done.stderr and done.stderr.splitlines()[-1].startswith(("error: ", "interrupted")), done.stderr
+
+
 def test_folds_and_given_test_sets_exclude_each_other():
     with pytest.raises(UserError, match="folds=3 and split_path=a.json"):
         build(SentimentSettings, dict(folds=3, split_path="a.json"))
