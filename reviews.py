@@ -15,8 +15,8 @@ MOST_CLASSES = 100  # more different labels than that are no classes
 
 # Reading
 
-def read_text(path):
-    """The text of a file in UTF-8, with or without BOM, or GB18030; `-` is standard input."""
+def read_text(path, advice=""):
+    """The text of a file in UTF-8, with or without BOM, or GB18030; `-` is standard input. `advice` is for a file that is not there."""
     try:
         if path == "-":
             content = sys.stdin.buffer.read()
@@ -24,8 +24,7 @@ def read_text(path):
             with open(path, "rb") as file:
                 content = file.read()
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; to train on, it should be a CSV with the columns label and review "
-                        "(data/sample_reviews.csv is one), or fetch one: python data.py download sentiment")
+        raise UserError(f"{path or 'a file without a name'} does not exist{advice}")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}")
     places = []
@@ -37,12 +36,20 @@ def read_text(path):
     raise UserError(f"{path} is neither UTF-8 (byte {places[0]}) nor GB18030 (byte {places[1]}); save it as UTF-8")
 
 
-def read_table(path):
-    """(column names, rows) of a CSV file."""
+def read_table(path, columns, advice=""):
+    """(where each of these columns stands, rows) of a CSV file whose first line names them."""
     csv.field_size_limit(1 << 30)
-    reader, rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True), []
+    reader = csv.reader(io.StringIO(read_text(path, advice), newline=""), strict=True, skipinitialspace=True)
+    places, rows = [], []
     try:
         for row in reader:
+            if row and not rows:
+                names = [name.strip().lower() for name in row]
+                for column in columns:
+                    if column not in names:
+                        raise UserError(f"{path} has no column {column!r} but {', '.join(map(repr, names[:5]))}; its first line should "
+                                        "name its columns, with commas between: label,review")
+                places = [names.index(column) for column in columns]
             if rows and any(field.strip() for field in row[len(rows[0]):]):
                 raise csv.Error('more fields than the first line names; a text with a comma in it must stand in quotes: "…"')
             if row or rows:
@@ -51,16 +58,15 @@ def read_table(path):
         raise UserError(f"{path}, line {reader.line_num}: {error}")
     if not rows:
         raise UserError(f"{path} is empty; its first line should name the columns, label,review say")
-    return [name.strip().lower() for name in rows[0]], rows[1:]
+    return places, rows[1:]
 
 
 def read_reviews(path):
     """(texts, labels (N,) ints, names of the classes in order, how many rows were left out for want of a text or label)."""
-    names, rows = read_table(path)
-    for column in ("label", "review"):
-        if column not in names:
-            raise UserError(f"{path} has no column {column!r} but {', '.join(map(repr, names[:5]))}; its first line should be label,review")
-    label, review, rows = names.index("label"), names.index("review"), [row for row in rows if row]
+    (label, review), rows = read_table(
+        path, ("label", "review"), "; it should be a CSV with the columns label and review (data/sample_reviews.csv is one), or fetch one: "
+        "python data.py download sentiment")
+    rows = [row for row in rows if row]
     pairs = [(row[review].strip(), row[label].strip()) for row in rows if len(row) > max(label, review)]
     pairs = [(text, name) for text, name in pairs if text and name]
     if not pairs:
@@ -79,10 +85,7 @@ def read_unlabelled(path):
     if not path.lower().endswith(".csv"):
         texts = [line.rstrip("\n") for line in io.StringIO(read_text(path), newline=None)]
     else:
-        names, rows = read_table(path)
-        if "review" not in names:
-            raise UserError(f"{path} has no column 'review' but {', '.join(map(repr, names[:5]))}; its first line should name one")
-        column = names.index("review")
+        (column,), rows = read_table(path, ("review",))
         texts = [row[column] if len(row) > column else "" for row in rows]
     if not texts:
         raise UserError(f"{'standard input' if path == '-' else path} holds no review")
@@ -138,7 +141,7 @@ def read_split(path, count):
     try:
         sets = json.loads(read_text(path))
         fits = sets and all(test and len(set(test)) == len(test) and all(type(i) is int and 0 <= i < count for i in test) for test in sets)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         fits = False
     if not fits:
         raise UserError(f"split_path={path} is not a list of lists of different numbers from 0 to {count - 1}; "

@@ -218,7 +218,7 @@ def pick_device(name, local_rank=0, quiet=False):
     mps = torch.backends.mps.is_available()
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if kind not in ("cpu", "cuda", "mps") or (index and not (index.isdigit() and name.startswith("cuda:"))):
+    if kind not in ("cpu", "cuda", "mps") or (index and not (index.isdecimal() and name.startswith("cuda:"))):
         raise UserError(f"device={name} is none of auto, cpu, cuda, cuda:N, mps")
     if kind == "cuda" and not torch.cuda.is_available() or kind == "mps" and not mps:
         say(f"device={name} is not there: using the CPU")

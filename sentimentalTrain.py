@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import time
 
 import numpy as np
@@ -47,11 +48,13 @@ def start(processes):
                         "else each line; - is standard input")
     given.add_argument("--predict-text", metavar="TEXT", help="label and probability of this one review")
     options = parser.parse_intermixed_args()
-    paths = [word for word in options.config if "=" not in word]
+    paths = [os.path.join(word, "best.pth") if os.path.isdir(word) else word for word in options.config if "=" not in word]
     over = settings_module.overrides(word for word in options.config if "=" in word)
     predicting = options.predict is not None or options.predict_text is not None
     if not paths:
         raise UserError("no configuration is named; config/demoSentimental.yaml is one")
+    if options.predict == "-" and processes.world > 1:
+        raise UserError("--predict - is for one process: several would each read a part of standard input; name a file")
     if predicting and len(paths) > 1:
         raise UserError(f"--predict takes one configuration or checkpoint, not {len(paths)}")
     if not predicting and (models := [path for path in paths if path.endswith(".pth")]):
@@ -70,7 +73,9 @@ def start(processes):
         return predict(path, texts, runtime)
     stopping = rt.StopSignal(processes)
     for settings in several:  # what can be wrong with the last shows before the first has taken hours
-        check(settings)
+        check(settings, [settings.checkpoint_root for settings in several])
+    for base, corpus in {(settings.base_model, settings.data_path) for settings in several}:
+        checkpoint.load_model(base, corpus=corpus)
     if runtime.main and not options.dry_run:
         for settings in several:
             checkpoint.make_folder(settings.checkpoint_root, f"checkpoint_root={settings.checkpoint_root}")
@@ -85,21 +90,23 @@ def start(processes):
         if failed or not options.dry_run and (result is None or len(result["runs"]) < result["planned"]):  # stopped
             break
     if len(paths) > 1 and results and runtime.main:
-        table(paths, several, results, options.table)
+        table(paths, several, results, options.table.removesuffix(".md"))
     if failed:
         raise failed
 
 
-def check(settings):
-    """A UserError for what is wrong with a configuration, so far as a look at its files tells."""
+def check(settings, roots):
+    """A UserError for what is wrong with a configuration, so far as a look at its files tells. `roots`: where all of them write."""
     if settings.base_model is None:
         raise UserError("base_model is not set; name a checkpoint, for example base_model=checkpoints/demo/best.pth")
-    if not os.path.isfile(settings.base_model):
-        checkpoint.load(settings.base_model)  # says so
-    folder, name = os.path.split(settings.base_model)
-    if checkpoint.OURS.fullmatch(name) and os.path.realpath(folder) == os.path.realpath(settings.checkpoint_root):
-        raise UserError(f"base_model={settings.base_model} lies in checkpoint_root: the classifier would take its place, "
-                        "and the next run start from that; name another checkpoint_root")
+    roots, (folder, name) = list(map(os.path.realpath, roots)), os.path.split(settings.base_model)
+    if roots.count(os.path.realpath(settings.checkpoint_root)) > 1:
+        raise UserError(f"checkpoint_root={settings.checkpoint_root} is that of several configurations: each would put aside what the one "
+                        "before it made; give each its own")
+    for root in roots if checkpoint.OURS.fullmatch(name) else []:
+        if re.fullmatch(r"\.|seed\d+(-(split|fold)\d+)?", os.path.relpath(os.path.realpath(folder), root)):
+            raise UserError(f"base_model={settings.base_model} lies in checkpoint_root: a classifier would take its place, "
+                            "and the next run start from that; name another checkpoint_root")
     texts, labels, names, _ = data.read_reviews(settings.sentimental_data_path)
     for _, _, training, *_ in data.splits(texts, labels, names, settings):
         if len(training) < settings.train_batch:
@@ -122,6 +129,8 @@ def experiment(settings, runtime, stopping, dry_run):
         runtime.say(f"{settings.sentimental_data_path}: {left_out} rows without a review or label are left out")
     runtime.say(f"settings  {', '.join(f'{k}={v}' for k, v in dataclasses.asdict(settings).items())}\n"
                 f"machine   {runtime.device}, {str(runtime.dtype).removeprefix('torch.')}, processes: {runtime.world}")
+    classes = ", ".join(f"{name}: {count}" for name, count in zip(names, np.bincount(labels)))
+    runtime.say(f"reviews   {len(texts)} of {len(names)} classes ({classes})")
     plans = list(data.splits(texts, labels, names, settings))
     results, failed = [], None
     for title, seed, *parts in plans:

@@ -44,10 +44,10 @@ class Training(Common):
     """Keys of everything that trains."""
 
     compile: bool = key(False, "compile the model's parts with torch.compile; on one GPU also record each step as a CUDA graph")
-    block_size: int = key(256, "positions in a row: the longest context", low=2)
+    block_size: int = key(256, "positions in a row: the longest context", low=2, high=2**20)
     dropout: float = key(0.0, "dropout on embeddings and residual branches (arch=gpt2: on attention too)", low=0, high=0.95)
     train_percent: float = key(0.98, "share of the dialogues (reviews) that is trained on", low=0, high=1)
-    train_batch: int = key(16, "rows in a step, over all processes and accumulation", low=1)
+    train_batch: int = key(16, "rows in a step, over all processes and accumulation", low=1, high=2**20)
     test_batch: int = key(16, "rows at once in an evaluation", low=1)
     micro_batch: int | str = key("auto", "rows that a process holds at once, the rest by gradient accumulation; auto: what fits on a GPU "
                                  "(train.py), half of the batch (sentimentalTrain.py)")
@@ -76,15 +76,15 @@ class TrainSettings(Training):
     """train.py: pretrain a GPT on dialogues."""
 
     arch: str = key("gpt2", "gpt2: learned positions, LayerNorm, GELU; modern: RoPE, RMSNorm, QK-norm, SwiGLU", choices=("gpt2", "modern"))
-    n_layer: int = key(6, "blocks", low=1)
-    n_head: int = key(4, "attention heads", low=1)
+    n_layer: int = key(6, "blocks", low=1, high=2**10)
+    n_head: int = key(4, "attention heads", low=1, high=2**10)
     n_kv_head: int | None = key(None, "heads of keys and values; empty: n_head", low=1)
-    n_embd: int = key(256, "width", low=1)
+    n_embd: int = key(256, "width", low=1, high=2**16)
     bias: bool = key(True, "gpt2: biases in Linear and LayerNorm (modern has none)")
     tied: bool | None = key(None, "output layer shares the token embedding; empty: gpt2 yes, modern no")
     bigram_start: bool = key(True, "a new modern model with an output layer of its own starts from which token follows which in the corpus")
     tokenizer: str = key("char", "char, bpe, or the path of a tokenizer or checkpoint to take it from")
-    vocab_size: int | None = key(None, "largest vocabulary; empty: all characters (bpe: 8000)", low=4, high=2**31 - 1)
+    vocab_size: int | None = key(None, "largest vocabulary; empty: all characters (bpe: 8000)", low=4, high=2**24)
     min_freq: int = key(1, "char: rarer characters become <unk>; bpe: rarer pairs (under 2 at least) are not joined", low=1, high=2**31 - 1)
     eval_freq: int = key(500, "steps between evaluations", low=1)
     eval_steps: int | None = key(None, "batches of test_batch in an evaluation; empty: all that is held out", low=1)
@@ -122,7 +122,7 @@ class SentimentSettings(Training):
     ngrams: int = key(0, "add a linear model on the hashed 1- to n-grams of tokens to the scores; 0: none", low=0, high=8)
     val_percent: float = key(0.1, "share of the training part that the epoch is chosen on; 0: take the last epoch", low=0, high=0.9)
     seeds: list[int] | None = key(None, "repeat with each of these seeds (weights and split); empty: seed alone", low=0, high=2**32 - 1)
-    folds: int | None = key(None, "cross-validate: every review is tested once in so many parts", low=2)
+    folds: int | None = key(None, "cross-validate: every review is tested once in so many parts", low=2, high=1000)
     split_path: str | None = key(None, "JSON list of test sets, each a list of reviews by number (from 0, empty ones not counted)")
 
 
@@ -157,6 +157,8 @@ def _parse(name, value, field, hint):
                 item = typing.get_args(kind)[0]
                 parts = value if isinstance(value, list) else str(value).strip("[]").split(",")
                 parsed = [item(str(part)) for part in parts if str(part).strip()]
+            elif isinstance(value, (bool, list, dict)) or value in ("true", "True", "false", "False"):  # no name that is meant
+                continue
             else:
                 parsed = os.path.expanduser(str(value))  # "~" in a YAML file; a shell replaces only its own
         except (ValueError, KeyError, OverflowError, TypeError):
@@ -176,6 +178,8 @@ def _parse(name, value, field, hint):
 
 def read_yaml(path):
     """The mapping in a YAML file, or a UserError that says what is wrong with it."""
+    if path.endswith(".pth"):
+        raise UserError(f"{path} is a checkpoint where a configuration belongs, a YAML file; config holds some")
     try:
         with open(path, encoding="utf-8-sig") as file:
             values = yaml.safe_load(file)
@@ -207,7 +211,7 @@ def _nearest(name):
     """The known key that is most likely meant: other programs' names for it, then what is written most like it."""
     others = dict(batch_size="train_batch", learning_rate="lr", max_iters="max_steps", iterations="max_steps", epochs="max_epoch",
                   context="block_size", context_length="block_size", out_dir="checkpoint_root", eval_interval="eval_freq")
-    return others.get(name) or difflib.get_close_matches(name, KNOWN, n=1, cutoff=0)[0]
+    return others.get(name.lower()) or difflib.get_close_matches(name.lower(), KNOWN - IGNORED, n=1, cutoff=0)[0]
 
 
 def _check_pairs(settings):

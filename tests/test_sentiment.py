@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -327,12 +328,15 @@ def test_figures_of_an_earlier_run_go_aside_with_its_checkpoints(config, tmp_pat
 
 
 def test_what_is_wrong_with_the_last_configuration_shows_before_the_first_is_trained(config, tmp_path, monkeypatch):
-    written = open(config).read()
-    for text, words in ((written.replace("cpt1.pth", "none.pth"), "none.pth does not exist"),
+    written = open(config).read().replace("/out", "/last")
+    for text, words in ((open(config).read(), "is that of several configurations"),
+                        (written.replace("cpt1.pth", "damaged.pth"), "damaged.pth is "),
+                        (written.replace("cpt1.pth", "none.pth"), "none.pth does not exist"),
                         (written + "base_model: none\n", "base_model is not set"),
                         (written + "train_batch: 10000\n", "train_batch=10000 is more than the"),
                         (written + "train_percent: 1\n", "train_percent=1 leaves nothing to test")):
         (tmp_path / "last.yaml").write_text(text)
+        (tmp_path / "base" / "damaged.pth").write_text("no checkpoint")
         with pytest.raises(UserError, match=words):
             run(monkeypatch, config, str(tmp_path / "last.yaml"))
         assert not (tmp_path / "out").exists()
@@ -378,14 +382,21 @@ def test_a_classifier_can_start_from_a_classifier(config, tmp_path, monkeypatch)
 def test_a_base_in_checkpoint_root_is_refused_and_stays(config, tmp_path, monkeypatch):
     """The run would put its classifier in the base's place, and the same command would start from that, trained on the new test part."""
     run(monkeypatch, config, "max_epoch=1")
-    with pytest.raises(UserError, match="lies in checkpoint_root"):
-        run(monkeypatch, config, f"base_model={tmp_path}/out/best.pth", "max_epoch=1")
-    assert (tmp_path / "out" / "best.pth").exists() and not list((tmp_path / "out").glob("before-*"))
+    for folder in ("seed1", "seed1-fold2", "mine"):
+        shutil.copytree(tmp_path / "out", tmp_path / "in" / folder)
+    (tmp_path / "other.yaml").write_text(open(config).read().replace("/out", "/other"))
+    inside = f"checkpoint_root={tmp_path}/in"
+    for base, *words in (("out", config), ("in/seed1", config, inside, "seeds=1,2"), ("in/seed1-fold2", config, inside, "folds=2"),
+                         ("out", str(tmp_path / "other.yaml"), config)):
+        with pytest.raises(UserError, match="lies in checkpoint_root"):
+            run(monkeypatch, *words, f"base_model={tmp_path}/{base}/best.pth", "max_epoch=1")
+    run(monkeypatch, config, inside, f"base_model={tmp_path}/in/mine/best.pth", "max_epoch=1")
+    assert (tmp_path / "out" / "best.pth").exists() and not list(tmp_path.glob("*/before-*")) and not list(tmp_path.glob("*/*/before-*"))
 
 
 def test_several_configurations_end_in_one_table_and_a_picture(config, tmp_path, monkeypatch, capsys):
     other = tmp_path / "other.yaml"
-    other.write_text(open(config).read() + "frozen: True\nuse_mask: False\n")
+    other.write_text(open(config).read().replace("/out", "/second") + "frozen: True\nuse_mask: False\n")
     run(monkeypatch, config, str(other), "seeds=[1,2]", "max_epoch=1", "--table", str(tmp_path / "made" / "table"))
     text = (tmp_path / "made" / "table.md").read_text()
     assert text in capsys.readouterr().out
@@ -438,6 +449,19 @@ def test_reviews_are_read_in_utf8_with_or_without_mark_and_in_gb18030(encoding, 
     assert texts[0].startswith("第0次住")
 
 
+def test_a_space_before_a_quote_is_none_of_the_text(tmp_path):
+    (tmp_path / "a.csv").write_text('label, review\n1, "好, 很好"\n0, 坏\n', encoding="utf-8")
+    assert reviews.read_reviews(str(tmp_path / "a.csv"))[0] == ["好, 很好", "坏"]
+
+
+def test_predicting_says_what_is_missing_and_takes_a_run_s_folder(config, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, config, "max_epoch=1")
+    run(monkeypatch, str(tmp_path / "out"), "--predict-text", "很好")
+    assert capsys.readouterr().out.count("\t") == 1
+    with pytest.raises(UserError, match=r"none.csv does not exist$"):
+        run(monkeypatch, str(tmp_path / "out"), "--predict", str(tmp_path / "none.csv"))
+
+
 @pytest.mark.parametrize("content, says", [
     ("review,mark\n好,1\n", "no column 'label'"),
     ("", "is empty"),
@@ -449,6 +473,7 @@ def test_reviews_are_read_in_utf8_with_or_without_mark_and_in_gb18030(encoding, 
     ("label,review\n" + "".join(f"{i % 2},好{i}\n" for i in range(9)), "train_batch=8 is more than the"),
     (b"label,review\n1,\xff\xff\xff\n", r"neither UTF-8 \(byte 15\) nor GB18030 \(byte 15\)"),
     ("label,review\n1,good room, bad food\n0,坏\n", "line 2: more fields"),
+    ("label\treview\n1\tgood room, bad food\n0\t坏\n", "no column 'label'.*with commas between"),
     ('label,review\n1,"好\n0,"坏"\n', "line 3: ',' expected"),
     ('label,review\n0,坏\n1,"好\n', "line 3: unexpected end"),
 ])

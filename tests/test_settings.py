@@ -63,6 +63,8 @@ def test_yaml_means_what_it_says(tmp_path, written, meant, mark):
     (dict(n_head=4, n_kv_head=3), "n_head=4 is not a multiple of n_kv_head=3"),
     (dict(arch="modern", n_embd=12, n_head=4), "even head size.* is 3"), (dict(lr=1e-4, min_lr=1e-3), "min_lr=0.001 is above lr=0.0001"),
     (dict(micro_batch=0), "micro_batch=0 must be auto or a number"), (dict(micro_batch="some"), "micro_batch=some must be auto"),
+    (dict(checkpoint_root=True), "checkpoint_root=True must be a text"), (dict(tensorboard_path="false"), "must be a text or empty"),
+    (dict(data_path=["a"]), r"data_path=\['a'\] must be a text or empty"), (dict(block_size=10**23), "block_size=.* at most 1048576"),
     (dict(vocab_size=3), "vocab_size=3 must be at least 4"), (dict(block_size=1), "block_size=1 must be at least 2")])
 def test_a_wrong_value_is_refused_with_its_name_and_what_it_must_be(values, message):
     with pytest.raises(UserError, match=message):
@@ -80,6 +82,7 @@ def test_the_other_scripts_values_are_checked_too(script, values, message):
 
 
 @pytest.mark.parametrize(("wrong", "near"), [("n_layers", "n_layer"), ("learning_rate", "lr"), ("train_batches", "train_batch"),
+                                             ("LR", "lr"), ("Batch_Size", "train_batch"),
                                              ("Device", "device"), ("blocksize", "block_size"), ("temprature", "temperature")])
 def test_an_unknown_key_names_a_known_one(wrong, near):
     with pytest.raises(UserError, match=f"unknown key '{wrong}'; did you mean '") as error:
