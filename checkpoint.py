@@ -159,10 +159,7 @@ def load(path):
 def read(path, corpus=None):
     """The content of a checkpoint file, a dict. One of the original's becomes one of this program: its vocabulary is
     rebuilt from `corpus`, the text that it was trained on."""
-    return _ours(load(path), path, corpus)
-
-
-def _ours(content, path, corpus):
+    content = load(path)
     if is_original(content):
         return from_original(content, path, corpus)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -178,7 +175,7 @@ def newest(folder, corpus=None, rename=True):
     damaged, paths = {}, [path for _, path in numbered(folder)] + [os.path.join(folder, name) for name in ("last.pth", "best.pth")]
     for path in filter(os.path.exists, paths):
         try:
-            content = load(path)
+            content = read(path, corpus)
         except Damaged as error:
             damaged[path] = error
             continue
@@ -187,7 +184,7 @@ def newest(folder, corpus=None, rename=True):
             print(f"warning: {error}; taking {path}{renamed}", file=sys.stderr)
             if rename:
                 os.replace(other, other + ".unreadable")
-        return path, _ours(content, path, corpus)
+        return path, content
     if damaged:
         raise UserError(f"no checkpoint in {folder} is whole: {next(iter(damaged.values()))}; leave resume_from=auto out to begin anew")
     return None, None
@@ -290,7 +287,7 @@ def original_vocabulary(corpus, vocab_size, path):
     sizes = {}
     for encoding in ("utf-8", "utf-8-sig"):  # the original counted a byte-order mark as a character
         with _open_corpus(corpus, encoding) as file:
-            tokenizer = CharTokenizer.train(_blocks(file, corpus))
+            tokenizer = CharTokenizer.train(iter(lambda: file.read(1 << 20), ""))  # a million characters at a time
         if tokenizer.size == vocab_size:
             return tokenizer
         sizes[tokenizer.size] = encoding
@@ -298,18 +295,13 @@ def original_vocabulary(corpus, vocab_size, path):
                     "name the corpus that the file was trained on, unchanged")
 
 
+@contextlib.contextmanager
 def _open_corpus(corpus, encoding="utf-8-sig"):
     try:
-        return open(corpus, encoding=encoding)
+        with open(corpus, encoding=encoding) as file:
+            yield file
     except OSError as error:
         raise UserError(f"the corpus {corpus} cannot be read: {error.strerror}; it holds the vocabulary of the original's file")
-
-
-def _blocks(file, corpus):
-    """The text of an open file, a million characters at a time."""
-    try:
-        while text := file.read(1 << 20):
-            yield text
     except UnicodeDecodeError as error:
         raise UserError(f"{corpus} is not UTF-8 ({error.reason})")
 

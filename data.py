@@ -296,15 +296,13 @@ def cut(documents, block_size):
     long = lengths > block_size
     more_starts, more_lengths = [], []
     for start, length in zip(starts[long], lengths[long]):
-        ids = documents.ids[start:start + length + 1]
         while length > block_size:
-            begin = len(ids) - 1 - length
-            separators = np.flatnonzero(ids[begin + 1:begin + block_size + 1] == SEP)
+            separators = np.flatnonzero(documents.ids[start + 1:start + block_size + 1] == SEP)
             piece = separators[-1] + 1 if len(separators) else block_size
-            more_starts.append(start + begin)
+            more_starts.append(start)
             more_lengths.append(piece)
-            length -= piece
-        more_starts.append(start + len(ids) - 1 - length)
+            start, length = start + piece, length - piece
+        more_starts.append(start)
         more_lengths.append(length)
     return (np.concatenate([starts[~long], np.array(more_starts, dtype=np.int64)]),
             np.concatenate([lengths[~long], np.array(more_lengths, dtype=np.int64)]))

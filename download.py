@@ -21,7 +21,6 @@ import urllib.request
 from tqdm import tqdm
 
 import data
-import settings as settings_module
 from settings import FULL, UserError
 
 DRIVE = "https://drive.google.com/uc?id=1nEuew_KNpTMbyy7BO4c8bXMXN351RCPp"
@@ -85,7 +84,7 @@ def fetch_drive(address, temporary, timeout):
         raise UserError(f"Google Drive needs gdown: pip install gdown; or open {address} in a browser and put the file where it belongs: "
                         "data/train.txt")
     size = lambda: sum(os.path.getsize(path) for path in glob.glob(glob.escape(temporary) + "*"))
-    process = subprocess.Popen([sys.executable, "-m", "gdown", address, "-O", temporary, "--continue"],
+    process = subprocess.Popen([sys.executable, "-m", "gdown", address, "-O", temporary, "--continue", "--quiet"],
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     seen, since = size(), time.monotonic()
     words = []
@@ -202,7 +201,7 @@ def get(file, tries=5, timeout=30.0):
     raise UserError(f"{file.address} could not be fetched ({problem}); fetch it by hand and put it at {file.path}")
 
 
-def main(arguments=None):
+def main(arguments):
     parser = argparse.ArgumentParser(prog="python data.py download", description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=["chat", "sentiment", "pretrained", "all"],
                         help="chat: data/train.txt; sentiment: data/ChnSentiCorp_htl_all.csv; pretrained: checkpoints/pretrained/")
@@ -220,7 +219,3 @@ def main(arguments=None):
             problems.append(str(error))
     if problems:
         raise UserError("\nerror: ".join(problems))
-
-
-if __name__ == "__main__":
-    settings_module.main(main)

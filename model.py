@@ -12,6 +12,7 @@ import weakref
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # target of a position that is not scored
@@ -119,12 +120,8 @@ def rms_norm(x, weight=None):
     return F.rms_norm(x, (x.shape[-1],), weight, eps=1e-6)
 
 
-class RMSNorm(nn.Module):
-    """Zhang and Sennrich 2019."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+class RMSNorm(nn.RMSNorm):
+    """Zhang and Sennrich 2019, with the weight in the precision of the activations."""
 
     def forward(self, x):
         return rms_norm(x, self.weight.to(x.dtype))
@@ -286,16 +283,14 @@ class GPT(nn.Module):
         0.02 each token would predict itself, with a logit of 0.02 C, so a tied one starts at 1 / C.
         """
         for name, parameter in self.named_parameters():
-            if parameter.dim() < 2:
-                continue  # norms are made as 1, and biases are set below
-            nn.init.normal_(parameter, std=0.02)
-            if name.endswith("out.weight"):
-                parameter.mul_(0.0 if self.config.modern else 1 / math.sqrt(2 * self.config.n_layer))
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:  # the norms' vectors are made as 1
+                nn.init.normal_(parameter, std=0.02)
+                if name.endswith("out.weight"):
+                    parameter.mul_(0.0 if self.config.modern else 1 / math.sqrt(2 * self.config.n_layer))
         if self.config.modern and self.config.tied:
             nn.init.normal_(self.embedding.weight, std=1 / self.config.n_embd)
-        for module in self.modules():
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
 
     @torch.no_grad()
     def start_from_bigrams(self, first, second, count, prior=500.0):
@@ -315,10 +310,8 @@ class GPT(nn.Module):
         frequency, unigram = frequency / frequency.sum(), unigram / unigram.sum()
         score = torch.log1p(count / (prior * unigram[second]))
 
-        torch.sparse.check_sparse_tensor_invariants.disable()  # as it is; torch 2.11 warns where nobody says so
-
         def sparse(values):
-            return torch.sparse_coo_tensor(torch.stack([first, second]), values, (V, V), is_coalesced=True)
+            return torch.sparse_coo_tensor(torch.stack([first, second]), values, (V, V), is_coalesced=True, check_invariants=False)
 
         weighted = sparse(score * (frequency[first, 0] * unigram[second]).sqrt())
         basis = torch.randn(V, min(C - 1, V), **exact)  # becomes the largest right singular vectors (Halko et al. 2011)
@@ -342,9 +335,8 @@ class GPT(nn.Module):
 
     def compile_parts(self):
         """Compiles the parts in place: one compilation serves all blocks, and DDP's hooks still run block by block."""
-        for block in self.blocks:
-            block.compile(dynamic=False)
-        self.norm.compile(dynamic=False)
+        for part in (*self.blocks, self.norm):
+            part.compile(dynamic=False)
         self._enter = torch.compile(_enter, dynamic=False)
         self._loss_of_rows = torch.compile(_loss_of_rows, dynamic=False)
 
@@ -626,12 +618,9 @@ def generate(model, prompts, sampling, stop=(), cache=None, generator=None, scor
 @torch.inference_mode()
 def log_probability(model, contexts, replies):
     """(B,) float32: log-probability of each reply (a list of ids) after its context (a list of at least one id)."""
-    rows = [list(context) + list(reply) for context, reply in zip(contexts, replies)]
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    counted = torch.zeros(ids.shape, dtype=torch.bool)
-    for row, (context, all_ids) in enumerate(zip(contexts, rows)):
-        ids[row, :len(all_ids)] = torch.tensor(all_ids)
-        counted[row, len(context):len(all_ids)] = True
+    pairs = list(zip(contexts, replies))
+    ids = pad_sequence([torch.tensor([*context, *reply]) for context, reply in pairs], batch_first=True)
+    counted = pad_sequence([torch.tensor([False] * len(context) + [True] * len(reply)) for context, reply in pairs], batch_first=True)
     ids, counted = ids.to(model.embedding.weight.device), counted.to(model.embedding.weight.device)
     chances = model.logits(model.hidden(ids[:, :-1])).log_softmax(dim=-1)
     return (chances.gather(2, ids[:, 1:, None])[:, :, 0] * counted[:, 1:]).sum(dim=1)

@@ -41,19 +41,16 @@ class PackedLinear(nn.Module):
 def _four(groups, dtype):
     """(values 0–15, scale, zero) with w = (value - 8) * scale + zero, the range clipped where that costs least."""
     low, high = groups.amin(dim=2), groups.amax(dim=2)
-    best = None
+    best = [torch.full_like(low, torch.inf), torch.zeros_like(groups), torch.zeros_like(low), torch.zeros_like(low)]
     for clip in CLIPS:
         middle, half = (low + high) / 2, (high - low) / 2 * clip
         scale = (half * 2 / 15).clamp(min=1e-8).to(dtype).float()
         zero = (middle + scale / 2).to(dtype).float()  # value 7.5 is the middle
         values = ((groups - zero[..., None]) / scale[..., None]).round().clamp(-8, 7)
         error = (values * scale[..., None] + zero[..., None] - groups).square().sum(dim=2)
-        if best is None:
-            best = [error, values, scale, zero]
-        else:
-            better = error < best[0]
-            for old, new in zip(best, (error, values, scale, zero)):
-                torch.where(better if new.dim() == 2 else better[..., None], new, old, out=old)
+        better = error < best[0]
+        for old, new in zip(best, (error, values, scale, zero)):
+            torch.where(better if new.dim() == 2 else better[..., None], new, old, out=old)
     return best[1] + 8, best[2], best[3]
 
 

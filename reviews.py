@@ -37,38 +37,35 @@ def read_text(path, advice=""):
 
 
 def read_table(path, columns, advice=""):
-    """(where each of these columns stands, rows) of a CSV file whose first line names them."""
+    """The rows of a CSV file, of each the cells in these columns, which its first line names; what a short row lacks is empty."""
     csv.field_size_limit(1 << 30)
     reader = csv.reader(io.StringIO(read_text(path, advice), newline=""), strict=True, skipinitialspace=True)
-    places, rows = [], []
+    names, rows = [], []
     try:
         for row in reader:
-            if row and not rows:
+            if not names:
                 names = [name.strip().lower() for name in row]
-                for column in columns:
+                for column in columns if row else []:
                     if column not in names:
                         raise UserError(f"{path} has no column {column!r} but {', '.join(map(repr, names[:5]))}; its first line should "
                                         "name its columns, with commas between: label,review")
-                places = [names.index(column) for column in columns]
-            if rows and any(field.strip() for field in row[len(rows[0]):]):
+            elif any(field.strip() for field in row[len(names):]):
                 raise csv.Error('more fields than the first line names; a text with a comma in it must stand in quotes: "…"')
-            if row or rows:
-                rows.append(row)
+            else:
+                rows.append([row[place].strip() if place < len(row) else "" for place in map(names.index, columns)])
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: {error}")
-    if not rows:
+    if not names:
         raise UserError(f"{path} is empty; its first line should name the columns, label,review say")
-    return places, rows[1:]
+    return rows
 
 
 def read_reviews(path):
     """(texts, labels (N,) ints, names of the classes in order, how many rows were left out for want of a text or label)."""
-    (label, review), rows = read_table(
+    rows = list(filter(any, read_table(
         path, ("label", "review"), "; it should be a CSV with the columns label and review (data/sample_reviews.csv is one), or fetch one: "
-        "python data.py download sentiment")
-    rows = [row for row in rows if row]
-    pairs = [(row[review].strip(), row[label].strip()) for row in rows if len(row) > max(label, review)]
-    pairs = [(text, name) for text, name in pairs if text and name]
+        "python data.py download sentiment")))
+    pairs = [(text, name) for name, text in rows if text and name]
     if not pairs:
         raise UserError(f"{path} holds no review")
     classes = sorted({name for _, name in pairs}, key=lambda name: (len(name), name) if name.isdigit() else (0, name))
@@ -85,8 +82,7 @@ def read_unlabelled(path):
     if not path.lower().endswith(".csv"):
         texts = [line.rstrip("\n") for line in io.StringIO(read_text(path), newline=None)]
     else:
-        (column,), rows = read_table(path, ("review",))
-        texts = [row[column] if len(row) > column else "" for row in rows]
+        texts = [text for text, in read_table(path, ("review",))]
     if not texts:
         raise UserError(f"{'standard input' if path == '-' else path} holds no review")
     return texts

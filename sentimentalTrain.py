@@ -347,8 +347,7 @@ def classify(classifier, linear, rows, whole, members, batch_size, width, runtim
     logs = np.array(rt.add_up(runtime, *logs.ravel())).reshape(logs.shape)
     if linear is not None and len(members):
         logs = (logs + linear.log_probabilities([whole[i] for i in members])) / 2
-    probabilities = np.exp(logs - logs.max(axis=1, keepdims=True))
-    return probabilities / probabilities.sum(axis=1, keepdims=True)
+    return torch.from_numpy(logs).softmax(dim=1).numpy()
 
 
 def tensors(rows, labels, members, width, device):
@@ -414,12 +413,10 @@ def table(paths, several, results, target):
 def picture(lines, results, path):
     """Accuracies of the configurations as bars, with their deviation and the majority baseline; False without matplotlib."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return False
     figure = Figure(figsize=(7, 0.9 + 0.55 * len(lines)), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     titles = [f"{'mask' if line[1] == 'yes' else 'no mask'}, {'frozen' if line[2] == 'yes' else 'not frozen'}\n{line[0]}" for line in lines]
     axes.barh(range(len(lines)), [100 * r["accuracy"] for r in results], xerr=[100 * (r["deviation"] or 0) for r in results],

@@ -153,10 +153,9 @@ def _parse(name, value, field, hint):
                 parsed = float(value)
                 if isinstance(value, bool) or not math.isfinite(parsed):
                     continue
-            elif typing.get_origin(kind) is list:
-                item = typing.get_args(kind)[0]
+            elif kind == list[int]:
                 parts = value if isinstance(value, list) else str(value).strip("[]").split(",")
-                parsed = [item(str(part)) for part in parts if str(part).strip()]
+                parsed = [int(str(part)) for part in parts if str(part).strip()]
             elif isinstance(value, (bool, list, dict)) or value in ("true", "True", "false", "False"):  # no name that is meant
                 continue
             else:
@@ -247,21 +246,15 @@ def overrides(pairs):
     return values
 
 
-def describe_keys(script):
-    """The keys of a script, a line each, for --help."""
-    lines = []
+def parser(script, usage):
+    """What the command lines of all scripts share: --help with the keys, a line each."""
+    lines = ["keys (YAML or key=value):"]
     for field in dataclasses.fields(script):
         default = "-" if field.default is None else field.default
         choices = f" [{', '.join(field.metadata['choices'])}]" if field.metadata["choices"] else ""
         lines.append(f"  {field.name:<22}{field.metadata['help']}{choices} (default: {default})")
-    return "\n".join(lines)
-
-
-def parser(script, usage):
-    """What the command lines of all scripts share: --help with the keys."""
-    return argparse.ArgumentParser(
-        description=script.__doc__, usage=usage, epilog="keys (YAML or key=value):\n" + describe_keys(script).replace("%", "%%"),
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    return argparse.ArgumentParser(description=script.__doc__, usage=usage, epilog="\n".join(lines).replace("%", "%%"),
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def tune_allocator():

@@ -339,9 +339,7 @@ def to_device(arrays, device):
 def evaluate(model, held_out, tokenizer, settings, runtime):
     """Loss (nats per real token) and bits per character of held-out dialogues, each scored by itself, over all processes."""
     rows = data.Epoch(held_out, settings.block_size, 0, 0)
-    batches = range(0, len(rows), settings.test_batch)
-    if settings.eval_steps is not None:
-        batches = batches[:settings.eval_steps]
+    batches = range(0, len(rows), settings.test_batch)[:settings.eval_steps]
     characters, nats, count, length = tokenizer.characters, 0.0, 0, 0
     model.eval()
     with torch.compiler.set_stance("force_eager"), runtime.autocast():
