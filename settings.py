@@ -79,7 +79,7 @@ class TrainSettings(Training):
     n_layer: int = key(6, "blocks", low=1, high=2**10)
     n_head: int = key(4, "attention heads", low=1, high=2**10)
     n_kv_head: int | None = key(None, "heads of keys and values; empty: n_head", low=1)
-    n_embd: int = key(256, "width", low=1, high=2**16)
+    n_embd: int = key(256, "width", low=1, high=2**20)
     bias: bool = key(True, "gpt2: biases in Linear and LayerNorm (modern has none)")
     tied: bool | None = key(None, "output layer shares the token embedding; empty: gpt2 yes, modern no")
     bigram_start: bool = key(True, "a new modern model with an output layer of its own starts from which token follows which in the corpus")
