@@ -365,16 +365,13 @@ class Epoch:
         inputs = np.full((end - begin, self.block_size), PAD, dtype=np.int64)
         targets = np.full_like(inputs, IGNORE)
         documents = np.full_like(inputs, -1)
-        begin, end = min(begin, len(self)), min(end, len(self))
-        pieces = slice(self.first[begin], self.first[end])
-        lengths = self.lengths[pieces]
-        number = np.repeat(np.arange(len(lengths)), lengths)  # of its piece, for each real position
-        source, order = self._sources(pieces), np.arange(len(number))
-        row = np.searchsorted(self.positions[begin:end + 1] - self.positions[begin], order, side="right") - 1
-        place = row, order - (self.positions[begin:end] - self.positions[begin])[row]  # where it goes
-        inputs[place] = self.documents.ids[source]
-        targets[place] = self.documents.ids[source + 1]
-        documents[place] = number
+        rows = np.arange(begin, end + 1).clip(max=len(self))  # those after the last are empty
+        real = np.arange(self.block_size) < np.diff(self.positions[rows])[:, None]  # (end - begin, block_size)
+        pieces = slice(self.first[rows[0]], self.first[rows[-1]])
+        source, lengths = self._sources(pieces), self.lengths[pieces]
+        inputs[real] = self.documents.ids[source]
+        targets[real] = self.documents.ids[source + 1]
+        documents[real] = np.repeat(np.arange(len(lengths)), lengths)
         return inputs, targets, documents
 
     def _sources(self, pieces):
