@@ -23,17 +23,28 @@ CHAT_TEMPLATE = ("{% for message in messages if message['role'] != 'system' %}"
                  "{{ message['content'].replace('\\r\\n', '\\n').strip('\\n').replace('\\n', ' ') + '\\n' }}{% endfor %}")
 
 
-def export(path, folder):
-    """Writes the GPT of the checkpoint `path` (a classifier's too, without its head) to the new folder `folder`."""
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise UserError("export.py needs safetensors: python -m pip install safetensors")
+@torch.no_grad()
+def export(path, target):
+    """Writes the GPT of the checkpoint `path` (a classifier's too, without its head) to `target`, a new folder or .gguf file."""
+    target = os.path.normpath(target)
+    write, reader = write_folder, "transformers' AutoModelForCausalLM and AutoTokenizer"
+    if target.lower().endswith(".gguf"):
+        write, reader = write_gguf, f"llama.cpp: llama-server -m {target}"
+    if os.path.lexists(target):
+        raise UserError(f"{target} exists; name a new folder, or a new file NAME.gguf")
     model, tokenizer, _ = checkpoint.load_model(path)
-    folder = os.path.normpath(folder)
-    if os.path.lexists(folder):
-        raise UserError(f"{folder} exists; name a new folder")
-    checkpoint.make_folder(os.path.dirname(folder) or ".", folder)
+    checkpoint.make_folder(os.path.dirname(target) or ".", target)
+    with checkpoint.whole(target) as temporary:
+        try:
+            write(temporary, model, tokenizer)
+        except ImportError as error:
+            raise UserError(f"{target} needs {error.name}: python -m pip install {error.name}")
+    print(f"{target}: load it with {reader}")
+
+
+def write_folder(folder, model, tokenizer):
+    """Hugging Face's files: the configuration, matrices in float32, the tokenizer."""
+    import safetensors.torch
     weights, config = (qwen3 if model.config.modern else gpt2)(model, tokenizer.size)
     ends = dict(eos_token_id=[SEP, PAD], pad_token_id=PAD, bos_token_id=None)
     config |= ends | dict(vocab_size=tokenizer.size, dtype="float32")
@@ -46,57 +57,48 @@ def export(path, folder):
             tokenizer_class="PreTrainedTokenizerFast", unk_token=SPECIALS[0], pad_token=SPECIALS[PAD], eos_token=SPECIALS[PAD],
             padding_side="left", split_special_tokens=True, model_max_length=model.config.block_size, chat_template=CHAT_TEMPLATE,
             model_input_names=["input_ids", "attention_mask"]))  # transformers 4 would add a third
-    with checkpoint.whole(folder) as temporary:
-        os.mkdir(temporary)
-        with open(os.path.join(temporary, "model.safetensors"), "wb") as file:
-            file.write(safetensors.torch.save({name: tensor.contiguous() for name, tensor in weights.items()}, metadata={"format": "pt"}))
-        for name, content in (files | dict(tokenizer=json.loads(tokenizer_of(tokenizer).to_str()))).items():
-            with open(os.path.join(temporary, name + ".json"), "w", encoding="utf-8") as file:
-                json.dump(content, file, ensure_ascii=False, indent=1)
+    os.mkdir(folder)
+    with open(os.path.join(folder, "model.safetensors"), "wb") as file:
+        file.write(safetensors.torch.save({name: tensor.contiguous() for name, tensor in weights.items()}, metadata={"format": "pt"}))
+    for name, content in (files | dict(tokenizer=json.loads(tokenizer_of(tokenizer).to_str()))).items():
+        with open(os.path.join(folder, name + ".json"), "w", encoding="utf-8") as file:
+            json.dump(content, file, ensure_ascii=False, indent=1)
 
 
-def export_gguf(path, target):
-    """Writes the GPT of the checkpoint `path` to the new file `target`: matrices in float16, tokenizer, chat template."""
-    try:
-        import gguf
-    except ImportError:
-        raise UserError("a .gguf file needs the package gguf: python -m pip install gguf")
-    if os.path.exists(target):
-        raise UserError(f"{target} exists; name a new file")
-    model, tokenizer, _ = checkpoint.load_model(path)
-    checkpoint.make_folder(os.path.dirname(target) or ".", target)
+def write_gguf(path, model, tokenizer):
+    """llama.cpp's file: matrices in float16, tokenizer, chat template."""
+    import gguf
     c = model.config
     weights, _ = (qwen3 if c.modern else gpt2)(model, tokenizer.size)
     arch = gguf.MODEL_ARCH.QWEN3 if c.modern else gguf.MODEL_ARCH.GPT2
     names = gguf.get_tensor_name_map(arch, c.n_layer)
-    with checkpoint.whole(target) as temporary:
-        writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[arch])
-        writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-        writer.add_block_count(c.n_layer)
-        writer.add_context_length(c.block_size)
-        writer.add_embedding_length(c.n_embd)
-        writer.add_feed_forward_length(c.hidden_size)
-        writer.add_head_count(c.n_head)
-        if c.modern:
-            writer.add_head_count_kv(c.n_kv_head)
-            writer.add_rope_freq_base(10000.0)
-            writer.add_layer_norm_rms_eps(1e-6)
-        else:
-            writer.add_layer_norm_eps(1e-5)
-        add_tokenizer(writer, tokenizer, gguf.TokenType)
-        writer.add_sampling_temp(ChatSettings.temperature)
-        writer.add_sampling_top_p(ChatSettings.top_p)
-        writer.add_sampling_top_k(ChatSettings.top_k)
-        writer.add_sampling_min_p(ChatSettings.min_p)
-        for name, tensor in weights.items():
-            if name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):  # Hugging Face's GPT-2 has them transposed
-                tensor = tensor.T
-            array = tensor.float().contiguous().numpy().astype("float16" if tensor.dim() == 2 else "float32")
-            writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), array)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_block_count(c.n_layer)
+    writer.add_context_length(c.block_size)
+    writer.add_embedding_length(c.n_embd)
+    writer.add_feed_forward_length(c.hidden_size)
+    writer.add_head_count(c.n_head)
+    if c.modern:
+        writer.add_head_count_kv(c.n_kv_head)
+        writer.add_rope_freq_base(10000.0)
+        writer.add_layer_norm_rms_eps(1e-6)
+    else:
+        writer.add_layer_norm_eps(1e-5)
+    add_tokenizer(writer, tokenizer, gguf.TokenType)
+    writer.add_sampling_temp(ChatSettings.temperature)
+    writer.add_sampling_top_p(ChatSettings.top_p)
+    writer.add_sampling_top_k(ChatSettings.top_k)
+    writer.add_sampling_min_p(ChatSettings.min_p)
+    for name, tensor in weights.items():
+        if name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):  # Hugging Face's GPT-2 has them transposed
+            tensor = tensor.T
+        array = tensor.float().contiguous().numpy().astype("float16" if tensor.dim() == 2 else "float32")
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def add_tokenizer(writer, ours, kind):
@@ -197,15 +199,9 @@ def tokenizer_of(ours):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("checkpoint", help="a .pth of train.py or sentimentalTrain.py")
-    parser.add_argument("target", help="a new folder for config.json, model.safetensors and tokenizer.json; or a new file "
-                        "NAME.gguf")
+    parser.add_argument("target", help="a new folder for config.json, model.safetensors and tokenizer.json; or a new file NAME.gguf")
     options = parser.parse_args()
-    write, reader = export, "transformers' AutoModelForCausalLM and AutoTokenizer"
-    if options.target.lower().endswith(".gguf"):
-        write, reader = export_gguf, f"llama.cpp: llama-server -m {options.target}"
-    with torch.no_grad():
-        write(options.checkpoint, options.target)
-    print(f"{options.target}: load it with {reader}")
+    export(options.checkpoint, options.target)
 
 
 if __name__ == "__main__":
