@@ -8,6 +8,7 @@ import codecs
 import contextlib
 import glob
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -108,7 +109,12 @@ def _whole_lines(raw, place, last):
 
 
 def _read_jsonl(file, path):
-    group = []
+    dialogues = _jsonl_dialogues(file, path)
+    while group := list(itertools.islice(dialogues, 1000)):
+        yield code_points("".join(group)), np.array([len(dialogue) for dialogue in group])
+
+
+def _jsonl_dialogues(file, path):
     for number, line in enumerate(file, 1):
         line = _decode(line, file.tell() - len(line)).removeprefix("\ufeff")
         if line.isspace():
@@ -123,12 +129,7 @@ def _read_jsonl(file, path):
                             'or {"conversations": [{"from": …, "value": …}, …]}')
         utterances = [text.encode("utf-8", "replace").decode() for text in utterances if text]  # half a surrogate pair is no character
         if utterances:
-            group.append("\n".join(utterances) + "\n")
-        if len(group) == 1000:
-            yield _joined(group)
-            group = []
-    if group:
-        yield _joined(group)
+            yield "\n".join(utterances) + "\n"
 
 
 def _decode(raw, place):
@@ -138,10 +139,6 @@ def _decode(raw, place):
     except UnicodeDecodeError as error:
         error.start += place
         raise
-
-
-def _joined(dialogues):
-    return code_points("".join(dialogues)), np.array([len(dialogue) for dialogue in dialogues])
 
 
 # The token store
