@@ -284,14 +284,12 @@ def _optimizer_state(content, config):
 
 def original_vocabulary(corpus, vocab_size, path):
     """The original's vocabulary: every character of the whole corpus file but the newline, most frequent first."""
-    sizes = {}
     for encoding in ("utf-8", "utf-8-sig"):  # the original counted a byte-order mark as a character
         with _open_corpus(corpus, encoding) as file:
             tokenizer = CharTokenizer.train(iter(lambda: file.read(1 << 20), ""))  # a million characters at a time
         if tokenizer.size == vocab_size:
             return tokenizer
-        sizes[tokenizer.size] = encoding
-    raise UserError(f"{corpus} is not what {path} was trained on: it gives a vocabulary of {min(sizes)}, the file has {vocab_size}; "
+    raise UserError(f"{corpus} is not what {path} was trained on: it gives a vocabulary of {tokenizer.size}, the file has {vocab_size}; "
                     "name the corpus that the file was trained on, unchanged")
 
 
