@@ -132,10 +132,9 @@ def experiment(settings, runtime, stopping, dry_run):
     classes = ", ".join(f"{name}: {count}" for name, count in zip(names, np.bincount(labels)))
     runtime.say(f"reviews   {len(texts)} of {len(names)} classes ({classes})")
     plans = list(data.splits(texts, labels, names, settings))
-    results, failed = [], None
+    root, several, results, failed = settings.checkpoint_root, len(plans) > 1, [], None
     for title, seed, *parts in plans:
-        name = title.replace(", ", "-").replace(" ", "")
-        folder = settings.checkpoint_root if len(plans) == 1 else os.path.join(settings.checkpoint_root, name)
+        folder = os.path.join(root, title.replace(", ", "-").replace(" ", "")) if several else root
         try:
             result = train(settings, runtime, stopping, texts, labels, names, seed, parts, folder, dry_run)
         except (UserError, OSError) as error:  # what ended before keeps its figures
@@ -149,11 +148,10 @@ def experiment(settings, runtime, stopping, dry_run):
     summary = {name: float(np.mean([r["test"][name] for r in results])) for name in ("accuracy", "f1", "auc", "majority")}
     summary |= dict(deviation=float(np.std([r["test"]["accuracy"] for r in results], ddof=1)) if len(results) > 1 else None,
                     trained=results[0]["trained"], minutes=sum(r["minutes"] for r in results), runs=results, planned=len(plans))
-    if len(plans) > 1:
+    if several:
         runtime.say(f"{len(results)} of {len(plans)} runs: test accuracy {percent(summary)}, macro F1 {summary['f1']:.4f}, "
                     f"ROC AUC {summary['auc']:.4f}, majority {summary['majority']:.2%}")
     if runtime.main:
-        root, several = settings.checkpoint_root, len(plans) > 1
         if several:
             checkpoint.set_aside(root)
             chosen = max(results, key=lambda result: result["validation"]["accuracy"] if result["validation"] else 0)
@@ -172,7 +170,7 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
     training, validation, test = parts
     torch.manual_seed(seed)
     classifier, tokenizer, block_size = make_classifier(settings, runtime, names)
-    whole = [ids.astype(np.int64) for ids in tokenizer.encode_batch(texts)]
+    whole = tokenizer.encode_batch(texts)
     rows = data.encode(whole, classifier.gpt.config.vocab_size - NEW, block_size)
     lengths = np.array([len(row) for row in rows])
     width = None if settings.use_mask else block_size
@@ -319,7 +317,7 @@ def predict(path, texts, runtime):
     classifier.to(runtime.device)
     width = None if saved["use_mask"] else saved["block_size"]
     real = [text for text in map(str.strip, texts) if text]
-    whole = [ids.astype(np.int64) for ids in tokenizer.encode_batch(real)]
+    whole = tokenizer.encode_batch(real)
     rows = data.encode(whole, classifier.gpt.config.vocab_size - NEW, saved["block_size"])
     with tqdm(total=len(rows), unit="review", disable=None if runtime.main else True) as bar:
         probabilities = classify(classifier, linear, rows, whole, np.arange(len(rows)), 32, width, runtime, bar)
@@ -400,9 +398,9 @@ def table(paths, several, results, target):
               "yes" if settings.frozen else "no", percent(result), f"{result['f1']:.4f}", f"{result['trained'] / 1e6:.2f}M",
               f"{result['minutes']:.1f}"]
              for path, settings, result in zip(paths, several, results)]
-    widths = [max(len(line[i]) for line in [head] + lines) for i in range(len(head))]
-    rule = ["-" * width for width in widths]
-    text = "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in [head, rule] + lines)
+    widths = [max(map(len, column)) for column in zip(head, *lines)]
+    text = "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |"
+                     for line in (head, ["-" * width for width in widths], *lines))
     print("\n" + text)
     with open(target + ".md", "w", encoding="utf-8") as file:
         file.write(text + "\n")
