@@ -87,7 +87,6 @@ def fetch_drive(address, temporary, timeout):
     process = subprocess.Popen([sys.executable, "-m", "gdown", address, "-O", temporary, "--continue", "--quiet"],
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     seen, since = size(), time.monotonic()
-    words = []
     with tqdm(initial=seen, unit="B", unit_scale=True, desc="gdown") as bar:
         try:
             while process.poll() is None:
@@ -97,12 +96,11 @@ def fetch_drive(address, temporary, timeout):
                     seen, since = now, time.monotonic()
                 elif time.monotonic() - since > timeout:
                     raise Failed(f"nothing came for {timeout:g} seconds")
-            words = process.stderr.read().split("\n")
+            lines = [line.strip() for line in process.stderr if line.strip()]
         finally:
             process.kill()
             process.communicate()
     if process.returncode or not os.path.exists(temporary):
-        lines = [line.strip() for line in words if line.strip()]
         first = next((number for number, line in enumerate(lines) if "rror" in line), -1)
         raise Failed(" ".join(lines[first:])[:300] or "gdown failed")
 
