@@ -63,8 +63,8 @@ def save(folder, step, content, keep=2):
     for _, old in numbered(folder)[keep + 1:]:  # the newest is last.pth
         if old != path:  # another run is in this folder, and further
             os.unlink(old)
-    for left in glob.glob(os.path.join(glob.escape(folder), ".saving-cpt*.pth")):  # by a run that was killed while it saved
-        os.unlink(left)
+    for left in glob.glob(".saving-cpt*.pth", root_dir=folder):  # by a run that was killed while it saved
+        os.unlink(os.path.join(folder, left))
     return path
 
 
@@ -114,9 +114,8 @@ def name_also(path, name):
 
 def numbered(folder):
     """[(step, path)] of a folder's cpt{step}.pth, newest first."""
-    paths = glob.glob(os.path.join(glob.escape(folder), "cpt*.pth"))
-    matches = [(re.fullmatch(r"cpt(\d+)\.pth", os.path.basename(path)), path) for path in paths]
-    return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
+    matches = (re.fullmatch(r"cpt(\d+)\.pth", name) for name in glob.glob("cpt*.pth", root_dir=folder))
+    return sorted(((int(match[1]), os.path.join(folder, match[0])) for match in matches if match), reverse=True)
 
 
 def set_aside(folder):
@@ -140,8 +139,7 @@ def load(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         folder = os.path.dirname(path) or "."
-        there = [os.path.basename(name) for name in sorted(glob.glob(os.path.join(glob.escape(folder), "*.pth")))]
-        if there:
+        if there := sorted(glob.glob("*.pth", root_dir=folder)):
             raise UserError(f"{path} does not exist; in {folder} there are {', '.join(there)}")
         if os.path.basename(folder) == "pretrained":
             raise UserError(f"{path} does not exist; download it: python data.py download pretrained")

@@ -183,7 +183,7 @@ def prepare(settings, tokenizer=None):
         os.makedirs(cache, exist_ok=True)
         for left in glob.glob(os.path.join(glob.escape(cache), ".making-*")):  # by a process that was killed
             with contextlib.suppress(FileNotFoundError):  # another process has just finished it
-                if time.time() - max(os.path.getmtime(path) for path in [left, *glob.glob(glob.escape(left) + "/*")]) > 7 * 86400:
+                if time.time() - os.path.getmtime(left) > 7 * 86400:
                     shutil.rmtree(left, ignore_errors=True)
         os.mkdir(work := os.path.join(cache, f".making-{uuid.uuid4().hex}"))
     except OSError as error:

@@ -185,8 +185,9 @@ def read_yaml(path):
     except FileNotFoundError:
         if path.partition("=")[0] in KNOWN:
             raise UserError(f"{path} stands where a file should: first the configuration, then key=value")
-        files = sorted(map(os.path.basename, glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "*.y*ml"))))
-        raise UserError(f"{path} does not exist" + (f"; in {os.path.dirname(path) or '.'} there are {', '.join(files)}" if files else ""))
+        folder = os.path.dirname(path) or "."
+        files = ", ".join(sorted(glob.glob("*.y*ml", root_dir=folder)))
+        raise UserError(f"{path} does not exist" + (f"; in {folder} there are {files}" if files else ""))
     except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:  # not all that it raises is a YAMLError
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}")
     if not isinstance(values, (dict, types.NoneType)):
