@@ -31,12 +31,13 @@ class GPTConfig:
     n_kv_head: int | None = None
     n_embd: int = 256
     dropout: float = 0.0  # of embeddings and of what blocks add; gpt2: of attention too (bench/LOG.md)
-    bias: bool = True
+    bias: bool = True  # modern has none
     tied: bool | None = None  # output layer is the token embedding; None: gpt2 yes, modern no
 
     def __post_init__(self):
         object.__setattr__(self, "n_kv_head", self.n_kv_head or self.n_head)
-        object.__setattr__(self, "tied", self.arch == "gpt2" if self.tied is None else self.tied)
+        object.__setattr__(self, "bias", self.bias and not self.modern)
+        object.__setattr__(self, "tied", not self.modern if self.tied is None else self.tied)
 
     @classmethod
     def of(cls, settings, vocab_size):
@@ -157,12 +158,11 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        bias = config.bias and not config.modern
         width, kv_width = config.n_embd, config.n_kv_head * config.head_size
-        self.q = nn.Linear(width, width, bias=bias)
-        self.k = nn.Linear(width, kv_width, bias=bias)
-        self.v = nn.Linear(width, kv_width, bias=bias)
-        self.out = nn.Linear(width, width, bias=bias)
+        self.q = nn.Linear(width, width, bias=config.bias)
+        self.k = nn.Linear(width, kv_width, bias=config.bias)
+        self.v = nn.Linear(width, kv_width, bias=config.bias)
+        self.out = nn.Linear(width, width, bias=config.bias)
         if config.modern:  # QK-norm (Henry et al. 2020)
             self.q_norm, self.k_norm = RMSNorm(config.head_size), RMSNorm(config.head_size)
 
@@ -185,10 +185,9 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        bias = config.bias and not config.modern
-        self.up = nn.Linear(config.n_embd, config.hidden_size, bias=bias)
+        self.up = nn.Linear(config.n_embd, config.hidden_size, bias=config.bias)
         self.gate = nn.Linear(config.n_embd, config.hidden_size, bias=False) if config.modern else None
-        self.out = nn.Linear(config.hidden_size, config.n_embd, bias=bias)
+        self.out = nn.Linear(config.hidden_size, config.n_embd, bias=config.bias)
 
     def forward(self, x):
         return self.out(F.gelu(self.up(x)) if self.gate is None else F.silu(self.gate(x)) * self.up(x))
