@@ -191,8 +191,7 @@ def train(settings, runtime, dry_run, begin):
                 writer.add_scalar(name, value, progress["step"])
             bar.set_postfix_str(f"loss {mean_loss or loss:.3f}, lr {settings.lr * factor:.1e}, {speed:,.0f} tokens/s, MFU {mfu:.0%}, "
                                 f"epoch {progress['epoch'] + progress['row'] / len(epoch):.2f}", refresh=False)
-        share = share_done(settings, progress["step"], minutes, progress["epoch"] + progress["row"] / len(epoch))
-        bar.total = max(progress["step"], round(progress["step"] / share)) if share > 1e-4 else None
+        bar.total = max(progress["step"], round(step / share)) if share > 1e-4 else None
         bar.update()
     writer.close()
 
@@ -356,11 +355,11 @@ def evaluate(model, held_out, tokenizer, settings, runtime):
     return dict(loss=nats / count, bits=nats / math.log(2) / length, tokens=int(count))
 
 
-def sample_prompts(held_out, tokenizer, block_size, count=3):
+def sample_prompts(held_out, tokenizer, block_size):
     """The first utterances of a few held-out dialogues, as text."""
     texts = (tokenizer.decode(held_out.ids[begin:end].tolist()).split("\n") for begin, end in held_out.spans)
     prompts = (text[0] for text in texts if len(text) > 1 and 3 <= len(text[0]) <= 20 and len(tokenizer.encode(text[0])) < block_size)
-    return list(itertools.islice(prompts, count))
+    return list(itertools.islice(prompts, 3))
 
 
 def sample_replies(model, prompts, tokenizer, runtime):
@@ -374,8 +373,8 @@ def sample_replies(model, prompts, tokenizer, runtime):
     with torch.compiler.set_stance("force_eager"), runtime.autocast():
         steps = list(generate(model, ids, sampling, (tokenizer_module.SEP, tokenizer_module.PAD), generator=generator))
     model.train()
-    return [(prompt, tokenizer.decode([int(i) for i in row if i > tokenizer_module.PAD]))
-            for prompt, row in zip(prompts, torch.stack(steps, dim=1).tolist())]
+    replies = torch.stack(steps, dim=1).tolist()
+    return [(prompt, tokenizer.decode(i for i in reply if i > tokenizer_module.PAD)) for prompt, reply in zip(prompts, replies)]
 
 
 def describe(settings, runtime, model, epoch, held_out):
