@@ -216,8 +216,9 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
             mine = list(enumerate(np.array_split(batch, pieces)))[runtime.rank::runtime.world]
             for number, piece in mine:
                 rt.seed_step(seed, step, number)
-                weight = 1.0 if len(piece) else 0.0
-                ids, ends, wanted = tensors(rows, labels, piece if len(piece) else batch[:1], width, device)
+                weight, piece = (1.0, piece) if len(piece) else (0.0, batch[:1])  # an exchange takes all processes
+                ids, ends = tensors(rows, piece, width, device)
+                wanted = torch.from_numpy(labels[piece]).to(device)
                 with rt.exchange(distributed, number == mine[-1][0]):
                     with runtime.autocast():
                         scores = (distributed or classifier)(ids, ends)
@@ -335,7 +336,7 @@ def classify(classifier, linear, rows, whole, members, batch_size, width, runtim
     batches = data.by_length(np.arange(len(members)), np.array([len(rows[i]) for i in members]), batch_size)
     classifier.eval()
     for batch in batches[runtime.rank::runtime.world]:
-        ids, ends, _ = tensors(rows, None, members[batch], width, runtime.device)
+        ids, ends = tensors(rows, members[batch], width, runtime.device)
         with runtime.autocast():
             scores = classifier(ids, ends)
         logs[batch] = scores.log_softmax(dim=-1).cpu()
@@ -348,11 +349,9 @@ def classify(classifier, linear, rows, whole, members, batch_size, width, runtim
     return torch.from_numpy(logs).softmax(dim=1).numpy()
 
 
-def tensors(rows, labels, members, width, device):
-    """ids (B, T), lengths (B,) and labels (B,) of some reviews, on the device."""
-    ids, lengths = data.pad([rows[i] for i in members], width)
-    wanted = labels[members] if labels is not None else lengths
-    return [torch.from_numpy(array).to(device) for array in (ids, lengths, wanted)]
+def tensors(rows, members, width, device):
+    """ids (B, T) and lengths (B,) of some reviews, on the device."""
+    return [torch.from_numpy(array).to(device) for array in data.pad([rows[i] for i in members], width)]
 
 
 def count_pieces(settings, runtime):
