@@ -86,9 +86,8 @@ def make_optimizers(model, settings, dtype):
     matrices = {name: p for name, p in named if p.dim() == 2 and "blocks." in name and settings.optimizer == "muon"}
     decayed = [p for name, p in named if p.dim() == 2 and name not in matrices]
     vectors = [p for _, p in named if p.dim() < 2]
-    groups = [dict(params=decayed, weight_decay=settings.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    adamw = torch.optim.AdamW([g | dict(peak=settings.lr) for g in groups if g["params"]], lr=settings.lr,
-                              betas=(settings.beta1, settings.beta2), fused=True)
+    groups = [dict(params=decayed, peak=settings.lr, weight_decay=settings.weight_decay), dict(params=vectors, peak=settings.lr)]
+    adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), weight_decay=0.0, fused=True)
     if not matrices:
         return [adamw]
     head_size = getattr(model, "gpt", model).config.head_size  # a classifier has its GPT inside
