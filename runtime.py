@@ -367,8 +367,7 @@ def tensorboard(runtime, path, step=0):
     earlier runs wrote there for later steps than `step`."""
     if path is None or not runtime.main:
         return Log(None)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         from torch.utils.tensorboard import SummaryWriter
     try:
         return Log(SummaryWriter(path, purge_step=step + 1))
