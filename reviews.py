@@ -173,8 +173,7 @@ def pad(rows, width=None):
     """(ids (B, T), length (B,)) of rows of ids, filled with `<pad>` to `width` or the longest."""
     lengths = np.array([len(row) for row in rows])
     ids = np.full((len(rows), width or lengths.max()), PAD, dtype=np.int64)
-    for row, line in zip(rows, ids):
-        line[:len(row)] = row
+    ids[np.arange(ids.shape[1]) < lengths[:, None]] = np.concatenate(rows)
     return ids, lengths
 
 
