@@ -156,7 +156,7 @@ def main():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while loading: leave at once, without a traceback
     parser = settings_module.parser(ChatSettings, "python chat.py CONFIG|CHECKPOINT [key=value …] [--prompt TEXT]")
     parser.add_argument("config", help="YAML file, a checkpoint, or a folder of checkpoints")
-    parser.add_argument("override", nargs="*", help="key=value")
+    parser.add_argument("override", nargs="*", default=[], help="key=value")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and stop")
     options = parser.parse_intermixed_args()
     values = {"resume_from": options.config}

@@ -219,7 +219,7 @@ def manifest(folder):
             content = json.load(file)
         whole = all(os.path.getsize(os.path.join(folder, name)) == size for name, size in content["sizes"].items())
         return content if whole and content.get("layout") == LAYOUT else None
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
@@ -392,7 +392,7 @@ def main():
         TrainSettings, "python data.py prepare CONFIG [key=value …]\n       python data.py download chat|sentiment|pretrained|all")
     arguments.add_argument("command", choices=["prepare"])
     arguments.add_argument("config")
-    arguments.add_argument("override", nargs="*")
+    arguments.add_argument("override", nargs="*", default=[])
     options = arguments.parse_args()
     settings = settings_module.build(
         TrainSettings, settings_module.read_yaml(options.config) | settings_module.overrides(options.override))

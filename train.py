@@ -34,7 +34,7 @@ def read_command_line():
     """(keys and values of the YAML file and the command line, whether it is but a dry run)."""
     parser = settings_module.parser(TrainSettings, "python train.py CONFIG [key=value …] [--dry-run]")
     parser.add_argument("config", help="YAML file")
-    parser.add_argument("override", nargs="*", help="key=value")
+    parser.add_argument("override", nargs="*", default=[], help="key=value")
     parser.add_argument("--dry-run", action="store_true", help="print settings, size, memory and FLOPs, and stop")
     options = parser.parse_intermixed_args()
     return settings_module.read_yaml(options.config) | settings_module.overrides(options.override), options.dry_run
