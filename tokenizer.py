@@ -86,18 +86,19 @@ class CharTokenizer(Tokenizer):
     @classmethod
     def train(cls, texts, vocab_size=None, min_freq=1):
         """From an iterable of texts, or arrays of code points: characters by falling frequency, ties by first appearance."""
-        counts, first = np.zeros((2, CODE_POINTS), dtype=np.int64)  # of each code point; first: the place where it appears first
-        seen = 0
+        counts, first, seen = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), 0  # first: place of first appearance
         for text in texts:
             points = code_points(text)
-            some = np.bincount(points)
-            new = (some > 0) & (counts[:len(some)] == 0)
+            some = np.bincount(points, minlength=len(counts))
+            if len(some) > len(counts):  # a higher code point than any before
+                counts, first = (np.pad(array, (0, len(some) - len(array))) for array in (counts, first))
+            new = (some > 0) & (counts == 0)
             if new.any():
                 places = np.flatnonzero(new.take(points))
                 first[points[places[::-1]]] = seen + places[::-1]  # what is written last stays: the first place
-            counts[:len(some)] += some
+            counts += some
             seen += len(points)
-        counts[ord("\n")] = 0
+        counts[ord("\n"):ord("\n") + 1] = 0  # a slice: the array may be shorter
         found = np.flatnonzero(counts >= max(1, min_freq))
         order = found[np.lexsort((first[found], -counts[found]))]
         order = order[:None if vocab_size is None else vocab_size - len(SPECIALS)]
