@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import time
-import unicodedata
 
 import torch
 
@@ -18,7 +17,7 @@ import settings as settings_module
 from model import GPT, KVCache, Sampling, generate, most_informative
 from quantize import quantize
 from settings import ChatSettings, UserError
-from tokenizer import PAD, SEP, UNK
+from tokenizer import PAD, SEP
 
 HELP = """\
 /help            this
@@ -33,12 +32,6 @@ flush            forgets the conversation
 exit             leaves, as Ctrl-D does; Ctrl-C stops a reply"""
 SAMPLING = [field.name for field in dataclasses.fields(Sampling) if field.name in ChatSettings.__dataclass_fields__]
 ADJUSTABLE = [*SAMPLING, "best_of", "mmi_weight", "seed"]
-
-
-def banned(tokenizer, vocab_size):
-    """Ids that are never said: <unk>, what breaks a line or moves a terminal's cursor, a classifier's <start> and <extract>."""
-    harmful = lambda piece: any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in piece.decode("utf-8", "ignore"))
-    return (*(i for i, piece in enumerate(tokenizer.pieces) if i == UNK or i > PAD and harmful(piece)), *range(tokenizer.size, vocab_size))
 
 
 class Conversation:
@@ -57,7 +50,7 @@ class Conversation:
         self.attempts = 0  # replies so far: each draws other random numbers
         self.interrupted = False  # set it at any time to stop a reply after the token that is being made
         self.tokens, self.seconds, self.first_seconds = 0, 0.0, 0.0  # of the last reply
-        self.banned = banned(tokenizer, model.config.vocab_size)
+        self.banned = tokenizer.banned(model.config.vocab_size)
         self.flush()
 
     def flush(self):

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -66,7 +67,7 @@ def corpus_errors(path):
         with open(path, "rb") as file:
             likely = "UTF-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "GB18030"
         raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); "
-                        f"convert it: iconv -f {likely} -t UTF-8 {path} > utf8{os.path.splitext(path)[1]}")
+                        f"convert it: iconv -f {likely} -t UTF-8 {shlex.quote(path)} > utf8{os.path.splitext(path)[1]}")
     except OSError as error:
         raise UserError(f"data_path={path} cannot be read: {error.strerror}")
 
@@ -198,6 +199,8 @@ def prepare(settings, tokenizer=None):
             raise UserError(f"the token store {folder} cannot be written: {error.strerror or 'is the disk full?'}")
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty
+            os.rmdir(cache)
     return folder
 
 

@@ -6,6 +6,7 @@ its utterances joined by newlines. `<pad>` ends a dialogue. Neither can be typed
 
 import codecs
 import json
+import unicodedata
 
 import numpy as np
 
@@ -39,6 +40,12 @@ class Tokenizer:
         for i in ids:
             yield decoder.decode(self.pieces[i])
         yield decoder.decode(b"", final=True)
+
+    def banned(self, vocab_size):
+        """Ids that a model of so many never says: <unk>, what breaks a line or moves a terminal's cursor, a classifier's <start> and
+        <extract>."""
+        harmful = lambda piece: any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in piece.decode("utf-8", "ignore"))
+        return (*(i for i, piece in enumerate(self.pieces) if i == UNK or i > PAD and harmful(piece)), *range(self.size, vocab_size))
 
     def encode_batch(self, texts):
         """The ids of each text, a list of (n,) arrays."""

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import time
 
 import torch
@@ -62,11 +63,9 @@ def train(settings, runtime, dry_run, begin):
         runtime.say(f"patience={settings.patience} is not used: nothing is held out")
     if dry_run:
         return
-    if runtime.main:
-        checkpoint.make_folder(settings.checkpoint_root, f"checkpoint_root={settings.checkpoint_root}")
-        if settings.bigram_start and not saved and model.config.modern and not model.config.tied:
-            runtime.say("the model starts from which token follows which in the corpus (bigram_start)")
-            model.start_from_bigrams(*map(torch.from_numpy, epoch.bigrams()))  # DDP gives it to the other processes
+    if runtime.main and settings.bigram_start and not saved and model.config.modern and not model.config.tied:
+        runtime.say("the model starts from which token follows which in the corpus (bigram_start)")
+        model.start_from_bigrams(*map(torch.from_numpy, epoch.bigrams()))  # DDP gives it to the other processes
     model.to(device).train()
     model.checkpointing = settings.checkpointing
     micro_batch = choose_micro_batch(settings, runtime, model, rows)
@@ -74,6 +73,8 @@ def train(settings, runtime, dry_run, begin):
     scaler = torch.amp.GradScaler(device.type, enabled=runtime.dtype == torch.float16)
     if saved:
         load_optimizers(optimizers, scaler, saved)
+    if runtime.main:
+        checkpoint.make_folder(settings.checkpoint_root, f"checkpoint_root={settings.checkpoint_root}")
     saved_step, saved_path = progress["step"] if own else -1, path
     metrics = saved["metrics"] if own else {}
     saved = None  # gives its memory back
@@ -153,7 +154,7 @@ def train(settings, runtime, dry_run, begin):
             last = "last.pth" + (" (it knows its training text better than best.pth)" if best else "")
             name = "best.pth" if progress["best"] == metrics.get("loss") or best and settings.patience else last
             runtime.say(f"finished after {step} steps and {minutes:.1f} minutes: {settings.checkpoint_root}/last.pth{best}\n"
-                        f"talk to it: python chat.py {settings.checkpoint_root}/{name}")
+                        f"talk to it: python chat.py {shlex.quote(settings.checkpoint_root)}/{name}")
             break
 
         # One step: the rows [row, row + train_batch) of the epoch, the same whatever the number of processes.
@@ -367,7 +368,7 @@ def sample_replies(model, prompts, tokenizer, runtime):
     if not prompts:
         return []
     generator = torch.Generator(runtime.device).manual_seed(0)
-    sampling = Sampling(temperature=0.8, top_p=0.9, max_new_tokens=30)
+    sampling = Sampling(temperature=0.8, top_p=0.9, max_new_tokens=30, banned=tokenizer.banned(model.config.vocab_size))
     ids = [tokenizer.encode(prompt).tolist() + [tokenizer_module.SEP] for prompt in prompts]
     model.eval()
     with torch.compiler.set_stance("force_eager"), runtime.autocast():

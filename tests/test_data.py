@@ -2,6 +2,7 @@ import collections
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -88,7 +89,7 @@ def test_a_min_freq_above_all_counts_is_an_error_and_leaves_no_store(tmp_path):
     (tmp_path / "c.txt").write_text("你好\n你好\n\n再见\n再见\n")
     with pytest.raises(UserError, match="min_freq=9 and vocab_size=None leave no character"):
         data.prepare(make_settings(tmp_path / "c.txt", min_freq=9))
-    assert not list((tmp_path / ".cache").iterdir())
+    assert os.listdir(tmp_path) == ["c.txt"]
 
 
 def test_what_a_killed_preparation_left_goes_after_a_week(tmp_path):
@@ -117,7 +118,17 @@ def test_a_corpus_that_cannot_be_used_is_one_line_and_leaves_nothing(tmp_path, n
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         data.prepare(make_settings(tmp_path / name))
-    assert [*tmp_path.glob(".cache/*")] == []
+    assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.skipif(not shutil.which("iconv"), reason="no iconv")
+def test_the_command_that_converts_a_corpus_can_be_pasted(tmp_path):
+    path = tmp_path / "my text's.txt"
+    path.write_bytes("你好\n吃了吗\n\n吃了\n".encode("gb18030"))
+    with pytest.raises(UserError) as refused:
+        data.prepare(make_settings(path))
+    subprocess.run(str(refused.value).partition("convert it: ")[2], shell=True, check=True, cwd=tmp_path)
+    assert (tmp_path / "utf8.txt").read_text(encoding="utf-8") == "你好\n吃了吗\n\n吃了\n"
 
 
 def test_a_missing_corpus_says_where_to_get_one(tmp_path):

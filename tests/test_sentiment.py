@@ -16,8 +16,10 @@ import chat
 import checkpoint
 import ngrams
 import reviews
+import runtime as rt
 import sentimentalTrain
 import settings as settings_module
+import train
 from model import GPT, Classifier, GPTConfig, extended
 from runs import ROOT, free_port
 from settings import ChatSettings, SentimentSettings, UserError
@@ -360,6 +362,14 @@ def test_a_classifier_still_talks(config, tmp_path, monkeypatch):
         conversation.hear("好")
         "".join(conversation.reply())
     assert all(i < tokenizer.size for _, ids in conversation.utterances for i in ids)
+
+
+def test_the_samples_of_a_run_that_starts_from_a_classifier_are_text(config, tmp_path, monkeypatch):
+    """<start> and <extract> are about as likely as <sep> there, and stand for no text."""
+    run(monkeypatch, config, "max_epoch=1")
+    model, tokenizer, _ = checkpoint.load_model(str(tmp_path / "out" / "best.pth"))
+    runtime = rt.Runtime(torch.device("cpu"), torch.float32, rt.Processes())
+    assert len(train.sample_replies(model, ["好"] * 100, tokenizer, runtime)) == 100
 
 
 def test_configurations_that_ask_for_different_machines_are_refused(config, tmp_path, monkeypatch):

@@ -346,6 +346,12 @@ def test_a_folder_for_checkpoints_that_cannot_be_written_ends_before_the_first_s
     assert status == 2 and "cannot be written" in output and "validation loss" not in output
 
 
+def test_another_optimizer_than_the_checkpoint_s_is_refused_and_leaves_nothing(trained, tmp_path):
+    _, _, folder = trained(max_steps=1)
+    status, output, _ = trained(max_steps=2, optimizer="adamw", resume_from=str(folder / "last.pth"), checkpoint_root=str(tmp_path / "new"))
+    assert status == 2 and "the checkpoint's optimizer is another one" in output and not (tmp_path / "new").exists()
+
+
 def test_rows_shorter_than_the_sample_prompts_are_trained_on(trained):
     status, _, folder = trained(block_size=8, max_steps=2)
     assert status == 0 and steps_of(folder) == [2]
