@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import sys
 
 import numpy as np
@@ -169,10 +170,16 @@ def by_length(members, lengths, rows, rng=None):
     return batches if rng is None else [batches[i] for i in rng.permutation(len(batches))]
 
 
-def pad(rows, width=None):
-    """(ids (B, T), length (B,)) of rows of ids, filled with `<pad>` to `width` or the longest."""
+def width_unit(use_mask, block_size):
+    """What the width of every batch is a multiple of. A CPU's kernels are made anew for each shape of theirs and kept: with all
+    widths an epoch takes half as long again, and twice the memory (bench/LOG.md)."""
+    return math.gcd(8, block_size) if use_mask else block_size
+
+
+def pad(rows, unit):
+    """(ids (B, T), length (B,)) of rows of ids, filled with `<pad>` to a multiple of `unit`."""
     lengths = np.array([len(row) for row in rows])
-    ids = np.full((len(rows), width or lengths.max()), PAD, dtype=np.int64)
+    ids = np.full((len(rows), -(-lengths.max() // unit) * unit), PAD, dtype=np.int64)
     ids[np.arange(ids.shape[1]) < lengths[:, None]] = np.concatenate(rows)
     return ids, lengths
 

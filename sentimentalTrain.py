@@ -173,14 +173,14 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
     whole = tokenizer.encode_batch(texts)
     rows = data.encode(whole, classifier.gpt.config.vocab_size - NEW, block_size)
     lengths = np.array([len(row) for row in rows])
-    width = None if settings.use_mask else block_size
+    unit = data.width_unit(settings.use_mask, block_size)
     steps = -(-len(training) // settings.train_batch)
     classifier.to(device).train()
     classifier.gpt.checkpointing = settings.checkpointing
     trained = classifier.freeze(NEW, settings.frozen)
     alike = lengths if settings.use_mask else np.zeros_like(lengths)  # what batches are made by
     order = data.by_length(training, alike, settings.train_batch, np.random.default_rng([seed, 0]))
-    filling = 1 - lengths[training].sum() / sum(len(batch) * (width or lengths[batch].max()) for batch in order)
+    filling = 1 - lengths[training].sum() / sum(len(batch) * -(-lengths[batch].max() // unit) * unit for batch in order)
     describe_run(runtime, classifier, trained, parts, lengths, filling)
     if dry_run:
         return None
@@ -217,7 +217,7 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
             for number, piece in mine:
                 rt.seed_step(seed, step, number)
                 weight, piece = (1.0, piece) if len(piece) else (0.0, batch[:1])  # an exchange takes all processes
-                ids, ends = tensors(rows, piece, width, device)
+                ids, ends = tensors(rows, piece, unit, device)
                 wanted = torch.from_numpy(labels[piece]).to(device)
                 with rt.exchange(distributed, number == mine[-1][0]):
                     with runtime.autocast():
@@ -242,7 +242,7 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
         nats, right = rt.add_up(runtime, nats, right)
         told = dict(epoch=epoch, loss=nats / seen, train_accuracy=right / seen)
         if len(validation):
-            probabilities = classify(classifier, linear, rows, whole, validation, settings.test_batch, width, runtime)
+            probabilities = classify(classifier, linear, rows, whole, validation, settings.test_batch, unit, runtime)
             figures = data.measure(probabilities, labels[validation], names)
             told |= dict(validation=figures["accuracy"], validation_auc=figures["auc"])
         history.append(told)
@@ -266,7 +266,7 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
     metrics = dict(validation=None)
     for name, members, other in (("validation", validation, linear), ("test", test, linear), ("test_without_ngrams", test, None)):
         if len(members) and (linear or name != "test_without_ngrams"):
-            probabilities = classify(classifier, other, rows, whole, members, settings.test_batch, width, runtime)
+            probabilities = classify(classifier, other, rows, whole, members, settings.test_batch, unit, runtime)
             metrics[name] = data.measure(probabilities, labels[members], names)
     minutes = (time.perf_counter() - begin) / 60
     for name in ("accuracy", "f1", "auc", "majority"):
@@ -316,18 +316,18 @@ def predict(path, texts, runtime):
     """Prints a line for each text: label, tab, probability; an empty line for an empty text."""
     classifier, linear, tokenizer, saved = load(path)
     classifier.to(runtime.device)
-    width = None if saved["use_mask"] else saved["block_size"]
+    unit = data.width_unit(saved["use_mask"], saved["block_size"])
     real = [text for text in map(str.strip, texts) if text]
     whole = tokenizer.encode_batch(real)
     rows = data.encode(whole, classifier.gpt.config.vocab_size - NEW, saved["block_size"])
     with tqdm(total=len(rows), unit="review", disable=None if runtime.main else True) as bar:
-        probabilities = classify(classifier, linear, rows, whole, np.arange(len(rows)), 32, width, runtime, bar)
+        probabilities = classify(classifier, linear, rows, whole, np.arange(len(rows)), 32, unit, runtime, bar)
     lines = iter(f"{saved['names'][row.argmax()]}\t{row.max():.4f}" for row in probabilities)
     runtime.say("\n".join(next(lines) if text.strip() else "" for text in texts))
 
 
 @torch.no_grad()
-def classify(classifier, linear, rows, whole, members, batch_size, width, runtime, bar=None):
+def classify(classifier, linear, rows, whole, members, batch_size, unit, runtime, bar=None):
     """(len(members), classes) probabilities, computed by all processes together.
 
     With a `linear` model beside the GPT they are the normalised geometric mean of both.
@@ -336,7 +336,7 @@ def classify(classifier, linear, rows, whole, members, batch_size, width, runtim
     batches = data.by_length(np.arange(len(members)), np.array([len(rows[i]) for i in members]), batch_size)
     classifier.eval()
     for batch in batches[runtime.rank::runtime.world]:
-        ids, ends = tensors(rows, members[batch], width, runtime.device)
+        ids, ends = tensors(rows, members[batch], unit, runtime.device)
         with runtime.autocast():
             scores = classifier(ids, ends)
         logs[batch] = scores.log_softmax(dim=-1).cpu()
@@ -349,9 +349,9 @@ def classify(classifier, linear, rows, whole, members, batch_size, width, runtim
     return torch.from_numpy(logs).softmax(dim=1).numpy()
 
 
-def tensors(rows, members, width, device):
+def tensors(rows, members, unit, device):
     """ids (B, T) and lengths (B,) of some reviews, on the device."""
-    return [torch.from_numpy(array).to(device) for array in data.pad([rows[i] for i in members], width)]
+    return [torch.from_numpy(array).to(device) for array in data.pad([rows[i] for i in members], unit)]
 
 
 def count_pieces(settings, runtime):

@@ -154,10 +154,17 @@ def test_batches_by_length_have_under_five_percent_filling_and_hold_each_review_
     members = rng.permutation(5000)[:4000]
     batches = reviews.by_length(members, lengths, 24, np.random.default_rng(1))
     assert sorted(np.concatenate(batches)) == sorted(members)
-    computed = sum(len(batch) * lengths[batch].max() for batch in batches)
+    computed = sum(reviews.pad([np.zeros(lengths[i], dtype=int) for i in batch], 8)[0].size for batch in batches)
     assert 1 - lengths[members].sum() / computed < 0.05
     others = reviews.by_length(members, lengths, 24, np.random.default_rng(2))
     assert {tuple(sorted(batch)) for batch in batches} != {tuple(sorted(batch)) for batch in others}
+
+
+@pytest.mark.parametrize(("use_mask", "block_size", "widths"), [(True, 64, 8), (True, 20, 5), (True, 9, 8), (False, 20, 1)])
+def test_batches_have_few_widths_none_above_block_size(use_mask, block_size, widths):
+    unit = reviews.width_unit(use_mask, block_size)
+    found = {reviews.pad([np.zeros(length, dtype=int)], unit)[0].shape[1] for length in range(2, block_size + 1)}
+    assert len(found) == widths and max(found) == block_size
 
 
 def test_a_long_review_keeps_its_beginning_and_its_end():
@@ -233,7 +240,8 @@ def test_a_run_learns_reports_and_predicts(config, tmp_path, monkeypatch, capsys
     capsys.readouterr()
     assert told["accuracy"] > 0.8 and told["majority"] == pytest.approx(0.5, abs=0.1) and told["deviation"] is None
     (one,) = told["runs"]
-    assert one["filling"] < 0.2 and sum(map(sum, one["test"]["confusion"])) == one["test"]["reviews"]
+    assert one["filling"] < 0.25  # of reviews of 20 tokens and widths of 24 and 32; whole rows would be more than half
+    assert sum(map(sum, one["test"]["confusion"])) == one["test"]["reviews"]
     chosen = max(one["history"], key=lambda epoch: epoch["validation"])
     assert one["epoch"] == chosen["epoch"]
     assert os.listdir(tmp_path / "runs")
