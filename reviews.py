@@ -171,8 +171,8 @@ def by_length(members, lengths, rows, rng=None):
 
 
 def width_unit(use_mask, block_size):
-    """What the width of every batch is a multiple of. A CPU's kernels are made anew for each shape of theirs and kept: with all
-    widths an epoch takes half as long again, and twice the memory (bench/LOG.md)."""
+    """What the width of every batch is a multiple of. oneDNN makes a kernel for each shape and keeps a thousand: with every width
+    that occurs, an epoch took two thirds longer on a CPU, and twice the memory (bench/LOG.md)."""
     return math.gcd(8, block_size) if use_mask else block_size
 
 
