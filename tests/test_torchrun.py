@@ -106,7 +106,7 @@ def test_an_error_in_preparing_the_data_ends_all_processes_with_one_message(tmp_
     status, output = runs.finish(runs.start(config, torchrun=TWO))
     assert status != 0
     assert output.count("holds one dialogue") == 1 and output.count("Traceback") == 1, output  # torchrun's own
-    assert os.listdir(tmp_path / ".cache") == []
+    assert not (tmp_path / ".cache").exists()
 
 
 def test_a_batch_that_cannot_be_split_is_one_error_that_names_the_next_that_can(tmp_path):
