@@ -6,12 +6,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-BUCKETS = 1 << 19
+KEYS = 1 << 40  # of two million n-grams two or three share a key
 STRENGTH = 30.0  # weight of the data against the L2 penalty, as C in liblinear
 
 
 def counts(rows, n):
-    """(bucket, value, row offset) of the distinct 1- to n-grams of each row of ids; values are 1 + log count."""
+    """(key, value, row offset) of the distinct 1- to n-grams of each row of ids; keys rise in a row, values are 1 + log count."""
     ids = np.concatenate(rows).astype(np.uint64)
     owner = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
     code, keys = np.zeros_like(ids), []
@@ -20,51 +20,62 @@ def counts(rows, n):
         whole[:len(ids) - k] = owner[k:] == owner[:len(ids) - k]
         code = (code + np.concatenate([ids[k:], np.zeros(k, np.uint64)]) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)  # wraps: meant to
         code ^= code >> np.uint64(29)
-        keys.append(owner[whole] * BUCKETS + (code[whole] >> np.uint64(20)).astype(np.int64) % BUCKETS)
+        keys.append(owner[whole] * KEYS + (code[whole] >> np.uint64(20)).astype(np.int64) % KEYS)
     keys, times = np.unique(np.concatenate(keys), return_counts=True)
-    return keys % BUCKETS, 1 + np.log(times), np.searchsorted(keys, np.arange(len(rows)) * BUCKETS)
+    return keys % KEYS, 1 + np.log(times), np.searchsorted(keys, np.arange(len(rows)) * KEYS)
 
 
 class Ngrams:
-    """TF-IDF of n-grams (sublinear, of length 1) and a multinomial logistic regression on them."""
+    """TF-IDF of n-grams (sublinear, of length 1) and a multinomial logistic regression on them.
 
-    def __init__(self, n, idf, weight, bias):
-        self.n, self.idf, self.weight, self.bias = n, idf, weight, bias  # (BUCKETS,), (BUCKETS, classes), (classes,)
+    An n-gram's weights are held back the less, the more often it stands in one class than in the others (Wang and Manning 2012).
+    """
+
+    def __init__(self, n, idf, weight, bias, keys=None):
+        """`keys` (G,) sorted, `idf` (G,), `weight` (G, classes), `bias` (classes,). Older files have no keys, but columns by remainder."""
+        self.n, self.idf, self.weight, self.bias, self.keys = n, idf, weight, bias, keys
 
     @classmethod
     def train(cls, rows, labels, classes, n, steps=60):
         """From rows of ids; n-grams that stand in one row only are left out."""
-        bucket, _, _ = counts(rows, n)
-        frequency = torch.from_numpy(np.bincount(bucket, minlength=BUCKETS))
-        idf = torch.where(frequency > 1, torch.log((1 + len(rows)) / (1 + frequency)) + 1, 0.0).float()
-        model = cls(n, idf, torch.zeros(BUCKETS, classes), torch.zeros(classes))
+        keys, frequency = (torch.from_numpy(array) for array in np.unique(counts(rows, n)[0], return_counts=True))
+        keys, frequency = keys[frequency > 1], frequency[frequency > 1]
+        idf = (torch.log((1 + len(rows)) / (1 + frequency)) + 1).float()
+        model = cls(n, idf, torch.zeros(len(keys), classes), torch.zeros(classes), keys)
         features = model.features(rows)
-        columns = torch.nonzero(idf)[:, 0]
-        kept = features.index_select(1, columns).coalesce()
-        with warnings.catch_warnings(action="ignore"):  # "in beta state"
-            features, transposed = kept.to_sparse_csr(), kept.t().to_sparse_csr()
-        weight, bias = torch.zeros(len(columns), classes), torch.zeros(classes)
-        solver = torch.optim.LBFGS([weight, bias], max_iter=steps, history_size=8, line_search_fn="strong_wolfe")
+        row, column = features.indices()
         wanted = F.one_hot(torch.from_numpy(labels), classes).float()
+        inside = torch.zeros_like(model.weight).index_add(0, column, wanted[row])  # in how many rows of each class an n-gram stands
+        share = lambda times: (times + 1) / (times + 1).sum(dim=0)
+        ratio = (share(inside) / share(inside.sum(dim=1, keepdim=True) - inside)).log()
+        with warnings.catch_warnings(action="ignore"):  # "in beta state"
+            features, transposed = features.to_sparse_csr(), features.t().to_sparse_csr()
+        weight, bias = model.weight, model.bias
+        solver = torch.optim.LBFGS([weight, bias], max_iter=steps, history_size=8, line_search_fn="strong_wolfe")
 
         def objective():
             """The penalised loss; its gradients are written down, as autograd is slow with sparse matrices."""
-            logs = (features @ weight + bias).log_softmax(dim=-1)
+            logs = (features @ (ratio * weight) + bias).log_softmax(dim=-1)
             slope = STRENGTH * (logs.exp() - wanted)
-            weight.grad, bias.grad = transposed @ slope + weight, slope.sum(dim=0)
+            weight.grad, bias.grad = ratio * (transposed @ slope) + weight, slope.sum(dim=0)
             return 0.5 * weight.square().sum() - STRENGTH * (logs * wanted).sum()
 
         solver.step(objective)
-        model.weight[columns], model.bias = weight, bias
+        weight.mul_(ratio)
         return model
 
     def features(self, rows):
-        """(N, BUCKETS) sparse; each row has the length 1."""
-        bucket, value, offsets = (torch.from_numpy(array) for array in counts(rows, self.n))
-        value = value.float() * self.idf[bucket]
-        owner = torch.bucketize(torch.arange(len(bucket)), offsets, right=True) - 1
+        """(N, G) sparse; each row has the length 1."""
+        key, value, offsets = (torch.from_numpy(array) for array in counts(rows, self.n))
+        owner = torch.bucketize(torch.arange(len(key)), offsets, right=True) - 1
+        if self.keys is None:
+            column = key % len(self.idf)
+        else:
+            known = torch.isin(key, self.keys)
+            column, value, owner = torch.searchsorted(self.keys, key[known]), value[known], owner[known]
+        value = value.float() * self.idf[column]
         norm = torch.zeros(len(rows)).index_add(0, owner, value.square()).sqrt().clamp(min=1e-9)
-        return torch.sparse_coo_tensor(torch.stack([owner, bucket]), value / norm[owner], (len(rows), BUCKETS),
+        return torch.sparse_coo_tensor(torch.stack([owner, column]), value / norm[owner], (len(rows), len(self.idf)),
                                        check_invariants=False, is_coalesced=True)
 
     def log_probabilities(self, rows):

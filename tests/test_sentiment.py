@@ -223,15 +223,29 @@ def test_ngrams_stay_within_a_review_and_learn_what_single_tokens_cannot():
     assert model.log_probabilities([one, two]).argmax(axis=1).tolist() == [0, 1]
     again = ngrams.Ngrams(**vars(model))
     assert (again.log_probabilities([one]) == model.log_probabilities([one])).all()
+    assert np.isfinite(model.log_probabilities([np.array([9, 9, 5])])).all()  # n-grams that were never met
+
+
+def test_a_linear_model_of_an_older_file_finds_its_columns_by_remainder():
+    rows = [np.array([5, 6, 7]), np.array([7, 6, 5])]
+    model = ngrams.Ngrams.train(rows * 5, np.array([0, 1] * 5), 2, 2)
+    older = ngrams.Ngrams(2, torch.zeros(1 << 19), torch.zeros(1 << 19, 2), model.bias)
+    older.idf[model.keys % (1 << 19)], older.weight[model.keys % (1 << 19)] = model.idf, model.weight
+    assert np.allclose(older.log_probabilities(rows), model.log_probabilities(rows), atol=1e-6)
+
+
+def test_a_linear_model_that_met_every_ngram_once_takes_no_side():
+    model = ngrams.Ngrams.train([np.array([3, 4]), np.array([5, 6])], np.array([0, 1]), 2, 2)
+    assert len(model.keys) == 0 and np.allclose(model.log_probabilities([np.array([3, 4])]), np.log(0.5))
 
 
 @pytest.mark.parametrize("lengths", [[1], [2], [1, 1], [2, 5, 1]])
 def test_ngrams_of_reviews_of_a_token_or_two_are_those_of_longer_batches(lengths):
     rows = [np.arange(7, 7 + length) for length in lengths]
-    bucket, value, offsets = ngrams.counts(rows, 4)
+    key, value, offsets = ngrams.counts(rows, 4)
     longer, _, begins = ngrams.counts([*rows, np.arange(30)], 4)
-    assert bucket.tolist() == longer[:begins[-1]].tolist() and offsets.tolist() == begins[:-1].tolist()
-    assert len(bucket) == len(value) == sum(max(0, length - k) for length in lengths for k in range(4))
+    assert key.tolist() == longer[:begins[-1]].tolist() and offsets.tolist() == begins[:-1].tolist()
+    assert len(key) == len(value) == sum(max(0, length - k) for length in lengths for k in range(4))
 
 
 def test_a_run_learns_reports_and_predicts(config, tmp_path, monkeypatch, capsys):
