@@ -71,8 +71,9 @@ class Ngrams:
         if self.keys is None:
             column = key % len(self.idf)
         else:
-            known = torch.isin(key, self.keys)
-            column, value, owner = torch.searchsorted(self.keys, key[known]), value[known], owner[known]
+            column, after = (torch.searchsorted(self.keys, key, right=right) for right in (False, True))
+            known = column < after
+            column, value, owner = column[known], value[known], owner[known]
         value = value.float() * self.idf[column]
         norm = torch.zeros(len(rows)).index_add(0, owner, value.square()).sqrt().clamp(min=1e-9)
         return torch.sparse_coo_tensor(torch.stack([owner, column]), value / norm[owner], (len(rows), len(self.idf)),

@@ -27,6 +27,7 @@ from settings import SentimentSettings, UserError
 from tokenizer import SEP
 
 NEW = 2  # tokens after the vocabulary: <start> and <extract>
+PART = 4096  # reviews that are predicted and printed together
 
 
 def main():
@@ -317,13 +318,16 @@ def predict(path, texts, runtime):
     classifier, linear, tokenizer, saved = load(path)
     classifier.to(runtime.device)
     unit = data.width_unit(saved["use_mask"], saved["block_size"])
-    real = [text for text in map(str.strip, texts) if text]
-    whole = tokenizer.encode_batch(real)
-    rows = data.encode(whole, classifier.gpt.config.vocab_size - NEW, saved["block_size"])
-    with tqdm(total=len(rows), unit="review", disable=None if runtime.main else True) as bar:
-        probabilities = classify(classifier, linear, rows, whole, np.arange(len(rows)), 32, unit, runtime, bar)
-    lines = iter(f"{saved['names'][row.argmax()]}\t{row.max():.4f}" for row in probabilities)
-    runtime.say("\n".join(next(lines) if text.strip() else "" for text in texts))
+    texts = list(map(str.strip, texts))
+    with tqdm(total=sum(map(bool, texts)), unit="review", disable=None if runtime.main else True) as bar:
+        for begin in range(0, len(texts), PART):
+            part = texts[begin:begin + PART]
+            whole = tokenizer.encode_batch(list(filter(None, part)))
+            rows = data.encode(whole, classifier.gpt.config.vocab_size - NEW, saved["block_size"])
+            probabilities = classify(classifier, linear, rows, whole, np.arange(len(rows)), 32, unit, runtime, bar)
+            lines = iter(f"{saved['names'][row.argmax()]}\t{row.max():.4f}" for row in probabilities)
+            if runtime.main:
+                bar.write("\n".join(next(lines) if text else "" for text in part))
 
 
 @torch.no_grad()
@@ -340,12 +344,12 @@ def classify(classifier, linear, rows, whole, members, batch_size, unit, runtime
         with runtime.autocast():
             scores = classifier(ids, ends)
         logs[batch] = scores.log_softmax(dim=-1).cpu()
+        if linear is not None:
+            logs[batch] = (logs[batch] + linear.log_probabilities([whole[i] for i in members[batch]])) / 2
         if bar is not None:
             bar.update(len(batch))
     classifier.train()
     logs = np.array(rt.add_up(runtime, *logs.ravel())).reshape(logs.shape)
-    if linear is not None and len(members):
-        logs = (logs + linear.log_probabilities([whole[i] for i in members])) / 2
     return torch.from_numpy(logs).softmax(dim=1).numpy()
 
 
