@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-KEYS = 1 << 40  # of two million n-grams two or three share a key
+KEYS = 1 << 40  # of a million n-grams hardly two share a key
 STRENGTH = 30.0  # weight of the data against the L2 penalty, as C in liblinear
 
 
