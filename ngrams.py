@@ -10,8 +10,9 @@ KEYS = 1 << 40  # of a million n-grams hardly two share a key
 STRENGTH = 30.0  # weight of the data against the L2 penalty, as C in liblinear
 
 
-def counts(rows, n):
-    """(key, value, row offset) of the distinct 1- to n-grams of each row of ids; keys rise in a row, values are 1 + log count."""
+def counts(rows, n, size=KEYS):
+    """(key, value, row offset) of the distinct 1- to n-grams of each row of ids; keys, below `size`, rise in a row, values are
+    1 + log count."""
     ids = np.concatenate(rows).astype(np.uint64)
     owner = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
     code, keys = np.zeros_like(ids), []
@@ -20,9 +21,9 @@ def counts(rows, n):
         whole[:len(ids) - k] = owner[k:] == owner[:len(ids) - k]
         code = (code + np.concatenate([ids[k:], np.zeros(k, np.uint64)]) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)  # wraps: meant to
         code ^= code >> np.uint64(29)
-        keys.append(owner[whole] * KEYS + (code[whole] >> np.uint64(20)).astype(np.int64) % KEYS)
+        keys.append(owner[whole] * size + (code[whole] >> np.uint64(20)).astype(np.int64) % size)
     keys, times = np.unique(np.concatenate(keys), return_counts=True)
-    return keys % KEYS, 1 + np.log(times), np.searchsorted(keys, np.arange(len(rows)) * KEYS)
+    return keys % size, 1 + np.log(times), np.searchsorted(keys, np.arange(len(rows)) * size)
 
 
 class Ngrams:
@@ -38,19 +39,18 @@ class Ngrams:
     @classmethod
     def train(cls, rows, labels, classes, n, steps=60):
         """From rows of ids; n-grams that stand in one row only are left out."""
-        keys, frequency = (torch.from_numpy(array) for array in np.unique(counts(rows, n)[0], return_counts=True))
+        keys, frequency = map(torch.from_numpy, np.unique(counts(rows, n)[0], return_counts=True))
         keys, frequency = keys[frequency > 1], frequency[frequency > 1]
         idf = (torch.log((1 + len(rows)) / (1 + frequency)) + 1).float()
-        model = cls(n, idf, torch.zeros(len(keys), classes), torch.zeros(classes), keys)
-        features = model.features(rows)
+        features = cls(n, idf, None, None, keys).features(rows)
         row, column = features.indices()
         wanted = F.one_hot(torch.from_numpy(labels), classes).float()
-        inside = torch.zeros_like(model.weight).index_add(0, column, wanted[row])  # in how many rows of each class an n-gram stands
+        inside = torch.zeros(len(keys), classes).index_add(0, column, wanted[row])  # in how many rows of each class an n-gram stands
         share = lambda times: (times + 1) / (times + 1).sum(dim=0)
         ratio = (share(inside) / share(inside.sum(dim=1, keepdim=True) - inside)).log()
         with warnings.catch_warnings(action="ignore"):  # "in beta state"
             features, transposed = features.to_sparse_csr(), features.t().to_sparse_csr()
-        weight, bias = model.weight, model.bias
+        weight, bias = torch.zeros_like(ratio), torch.zeros(classes)
         solver = torch.optim.LBFGS([weight, bias], max_iter=steps, history_size=8, line_search_fn="strong_wolfe")
 
         def objective():
@@ -61,17 +61,14 @@ class Ngrams:
             return 0.5 * weight.square().sum() - STRENGTH * (logs * wanted).sum()
 
         solver.step(objective)
-        weight.mul_(ratio)
-        return model
+        return cls(n, idf, ratio * weight, bias, keys)
 
     def features(self, rows):
         """(N, G) sparse; each row has the length 1."""
-        key, value, offsets = (torch.from_numpy(array) for array in counts(rows, self.n))
-        owner = torch.bucketize(torch.arange(len(key)), offsets, right=True) - 1
-        if self.keys is None:
-            column = key % len(self.idf)
-        else:
-            column, after = (torch.searchsorted(self.keys, key, right=right) for right in (False, True))
+        column, value, offsets = map(torch.from_numpy, counts(rows, self.n, len(self.idf) if self.keys is None else KEYS))
+        owner = torch.bucketize(torch.arange(len(column)), offsets, right=True) - 1
+        if self.keys is not None:
+            column, after = (torch.searchsorted(self.keys, column, right=right) for right in (False, True))
             known = column < after
             column, value, owner = column[known], value[known], owner[known]
         value = value.float() * self.idf[column]

@@ -339,7 +339,8 @@ def classify(classifier, linear, rows, whole, members, batch_size, unit, runtime
     logs = np.zeros((len(members), classifier.classifier.out_features))
     batches = data.by_length(np.arange(len(members)), np.array([len(rows[i]) for i in members]), batch_size)
     classifier.eval()
-    for batch in batches[runtime.rank::runtime.world]:
+    for number in range(runtime.rank, len(batches), runtime.world):
+        batch = batches[number]
         ids, ends = tensors(rows, members[batch], unit, runtime.device)
         with runtime.autocast():
             scores = classifier(ids, ends)
@@ -347,7 +348,7 @@ def classify(classifier, linear, rows, whole, members, batch_size, unit, runtime
         if linear is not None:
             logs[batch] = (logs[batch] + linear.log_probabilities([whole[i] for i in members[batch]])) / 2
         if bar is not None:
-            bar.update(len(batch))
+            bar.update(sum(map(len, batches[number:number + runtime.world])))
     classifier.train()
     logs = np.array(rt.add_up(runtime, *logs.ravel())).reshape(logs.shape)
     return torch.from_numpy(logs).softmax(dim=1).numpy()

@@ -223,11 +223,18 @@ def test_ngrams_stay_within_a_review_and_learn_what_single_tokens_cannot():
     assert model.log_probabilities([one, two]).argmax(axis=1).tolist() == [0, 1]
     again = ngrams.Ngrams(**vars(model))
     assert (again.log_probabilities([one]) == model.log_probabilities([one])).all()
-    assert np.isfinite(model.log_probabilities([np.array([9, 9, 5])])).all()  # n-grams that were never met
+    unmet = model.log_probabilities([np.array([9, 9, 5])])
+    assert np.array_equal(unmet, model.log_probabilities([np.array([5])]))
+
+
+def test_an_ngram_as_frequent_in_one_class_as_in_the_other_has_no_weight():
+    model = ngrams.Ngrams.train([np.array([7, 8, 8, 8]), np.array([7, 5])] * 5, np.array([0, 1] * 5), 2, 1)
+    (key,), _, _ = ngrams.counts([np.array([7])], 1)
+    assert len(model.keys) == 3 and not model.weight[model.keys == key].any() and model.weight.abs().max() > 1
 
 
 def test_a_linear_model_of_an_older_file_finds_its_columns_by_remainder():
-    rows = [np.array([5, 6, 7]), np.array([7, 6, 5])]
+    rows = [np.array([5, 6, 7]), np.array([7, 6, 5, 5])]
     model = ngrams.Ngrams.train(rows * 5, np.array([0, 1] * 5), 2, 2)
     older = ngrams.Ngrams(2, torch.zeros(1 << 19), torch.zeros(1 << 19, 2), model.bias)
     older.idf[model.keys % (1 << 19)], older.weight[model.keys % (1 << 19)] = model.idf, model.weight
