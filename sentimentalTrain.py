@@ -181,7 +181,7 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
     trained = classifier.freeze(NEW, settings.frozen)
     alike = lengths if settings.use_mask else np.zeros_like(lengths)  # what batches are made by
     order = data.by_length(training, alike, settings.train_batch, np.random.default_rng([seed, 0]))
-    filling = 1 - lengths[training].sum() / sum(len(batch) * -(-lengths[batch].max() // unit) * unit for batch in order)
+    filling = 1 - lengths[training].sum() / sum(data.pad([rows[i] for i in batch], unit)[0].size for batch in order)
     describe_run(runtime, classifier, trained, parts, lengths, filling)
     if dry_run:
         return None
