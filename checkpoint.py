@@ -229,8 +229,9 @@ def is_original(content):
 def from_original(content, path, corpus):
     """The original's checkpoint as one of this program: weights, vocabulary, step, and AdamW's state if it is there."""
     if corpus is None:
-        raise UserError(f"{path} is one of the original's files, whose vocabulary is in the corpus it was trained on: name that by "
-                        f"data_path=…, or convert the file once: python checkpoint.py convert {path} --corpus data/train.txt OUT.pth")
+        raise UserError(f"{path} is one of the original's files, whose vocabulary is in the corpus it was trained on: convert it "
+                        f"once, python checkpoint.py convert {path} --corpus data/train.txt OUT.pth, or name the corpus to "
+                        "train.py, chat.py or sentimentalTrain.py by data_path=…")
     try:
         shape = {name: content[name] for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "bias")}
         weights = {_our_name(name): tensor for name, tensor in content["state_dict"].items() if not name.endswith(".mask")}

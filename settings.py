@@ -287,7 +287,7 @@ def main(function):
     try:
         return function()
     except UserError as error:
-        error.__traceback__ = None  # ends the progress bars that the function had: the message begins a line
+        error.__traceback__ = error.__context__ = None  # ends the progress bars that the function had: the message begins a line
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2)
     except KeyboardInterrupt as error:
@@ -300,6 +300,6 @@ def main(function):
     except OSError as error:
         if error.errno not in FULL:
             raise
-        error.__traceback__ = None
+        error.__traceback__ = error.__context__ = None
         print(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr)
         raise SystemExit(2)

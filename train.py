@@ -145,8 +145,10 @@ def train(settings, runtime, dry_run, begin):
         if due:  # evaluate, now that something is saved: memory may not hold it; or see whether patience is at its end
             continue
         if wish:
+            rt.add_up(runtime, 0)  # waits until rank 0 has saved: a launcher may end all processes when the first has ended
             bar.close()
-            runtime.say(f"stopped at step {step}: {saved_path or 'nothing to save yet'}; go on with resume_from=auto")
+            runtime.say(f"stopped at step {step}: " + (f"{saved_path}; go on with resume_from=auto" if saved_step >= 0 else
+                                                       "nothing to save yet; begin again with the same command"))
             break
         if finished:
             bar.close()

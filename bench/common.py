@@ -46,6 +46,7 @@ def read_settings(options):
         options.config, options.override = CONFIG, [options.config, *options.override]
     values = settings_module.read_yaml(options.config)
     if options.smoke:
+        options.results = os.devnull if options.results == RESULTS else options.results
         values |= SMOKE | dict(data_path=os.path.join(ROOT, SMOKE["data_path"]))
     return settings_module.build(TrainSettings, values | settings_module.overrides(options.override))
 

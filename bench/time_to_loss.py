@@ -157,6 +157,7 @@ def main(arguments=None):
     settings = common.read_settings(options)
     if options.smoke:
         options.seconds, options.slice, options.steps, options.modes = 1.0, 0.5, "10", "eager"
+        options.png = options.png or os.path.join(tempfile.gettempdir(), "time_to_loss_smoke.png")
     else:
         options.state = options.state or os.path.join(common.ROOT, f"runs/bench/{options.against}.pth")
     options.lr = options.lr or dict(original=3e-4, transformers=1e-3)[options.against]

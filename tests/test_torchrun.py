@@ -189,6 +189,31 @@ def test_a_signal_to_torchrun_writes_a_checkpoint_and_ends_all(tmp_path, number)
 
 
 @pytest.mark.soak
+def test_no_process_leaves_at_a_signal_before_the_checkpoint_is_written(tmp_path):
+    script = tmp_path / "slow.py"
+    script.write_text(f"""
+import os, sys, time
+sys.path.insert(0, {runs.ROOT!r})
+import checkpoint, settings, train
+def save(*arguments, plain=checkpoint.save):
+    time.sleep(2)
+    return plain(*arguments)
+checkpoint.save = save
+def leave(status, plain=os._exit):
+    print("rank", os.environ["RANK"], "leaves", sorted(os.listdir({str(tmp_path / "checkpoints")!r})), flush=True)
+    plain(status)
+os._exit = leave
+settings.main(train.main)
+""")
+    process = runs.start(runs.write_config(str(tmp_path), save_freq=5), script=str(script), torchrun=TWO, **runs.THREAD)
+    runs.wait_for(lambda: os.path.exists(tmp_path / "checkpoints/cpt5.pth"))
+    os.kill(process.pid, signal.SIGTERM)
+    _, output = runs.finish(process, 60)
+    written = sorted(os.listdir(tmp_path / "checkpoints"))
+    assert f"rank 0 leaves {written}" in output and f"rank 1 leaves {written}" in output, output
+
+
+@pytest.mark.soak
 def test_workers_save_and_end_when_torchrun_itself_is_killed(tmp_path):
     process, workers = long_run(tmp_path)
     os.kill(process.pid, signal.SIGKILL)

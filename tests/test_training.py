@@ -294,6 +294,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_what_was_saved(tmp_path):
             runs.write_corpus(tmp_path / "large.txt", 5000)
         status, output = runs.finish(runs.start(config, more, "resume_from=auto", script=str(tmp_path / "limited.py")))
         assert status == 2 and name in output and "cannot be written" in output and "Traceback" not in output, output
+        assert output.splitlines()[-1].startswith("error: "), output  # not behind a progress bar
         assert runs.checkpoint(tmp_path / "checkpoints")["progress"]["step"] == 4
     assert not [*tmp_path.glob("checkpoints/.saving-*"), *tmp_path.glob(".cache/.making-*")]
 
