@@ -49,7 +49,7 @@ def read_groups(path, bar=None):
     Never holds more than a block of the file and the dialogue it ends in. `bar` is told of the bytes read.
     """
     with corpus_errors(path), open(path, "rb") as file:
-        for group in (_read_jsonl if path.lower().endswith((".jsonl", ".json")) else _read_text)(file, path):
+        for group in (_read_jsonl if _is_jsonl(path) else _read_text)(file, path):
             yield group
             if bar is not None:
                 bar.update(file.tell() - bar.n)
@@ -70,6 +70,10 @@ def corpus_errors(path):
                         f"convert it: iconv -f {likely} -t UTF-8 {shlex.quote(path)} > utf8{os.path.splitext(path)[1]}")
     except OSError as error:
         raise UserError(f"data_path={path} cannot be read: {error.strerror}")
+
+
+def _is_jsonl(path):
+    return path.lower().endswith((".jsonl", ".json"))
 
 
 def _read_text(file, _):
@@ -162,16 +166,12 @@ def prepare(settings, tokenizer=None):
 
     `tokenizer` is one to use; without it settings.tokenizer names one or the kind to train on the training part.
     """
-    path = settings.data_path
-    if path is None:
-        raise UserError("data_path is not set; name a corpus, for example data_path=data/sample_dialogues.txt")
+    path, corpus = settings.data_path, _corpus(settings)
     if tokenizer is None and settings.tokenizer.endswith(".pth"):
         import checkpoint  # here: it needs torch, which takes seconds
         _, tokenizer = checkpoint.unpack(checkpoint.read(settings.tokenizer, path), settings.tokenizer)
     elif tokenizer is None and settings.tokenizer not in ("char", "bpe"):
         tokenizer = tokenizer_module.load(settings.tokenizer)
-    # To be raised: format when ids or the split would change, for older runs then cannot go on; LAYOUT when only the files do.
-    corpus = dict(format=2, corpus=file_sha256(path), train_percent=settings.train_percent, seed=settings.seed)
     trained = corpus | dict(layout=LAYOUT, tokenizer=settings.tokenizer, vocab_size=settings.vocab_size, min_freq=settings.min_freq)
     cache = os.path.join(os.path.dirname(path) or ".", ".cache")
     name = os.path.splitext(os.path.basename(path))[0][:50]
@@ -208,8 +208,23 @@ def _digest(mapping):
     return hashlib.sha256(json.dumps(mapping, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _corpus(settings):
+    """What the ids of a corpus and its split follow from, but for the tokenizer."""
+    path = settings.data_path
+    if path is None:
+        raise UserError("data_path is not set; name a corpus, for example data_path=data/sample_dialogues.txt")
+    # To be raised: format when ids or the split would change, for older runs then cannot go on; LAYOUT when only the files do.
+    corpus = dict(format=2, corpus=file_sha256(path), train_percent=settings.train_percent, seed=settings.seed)
+    return corpus | (dict(reader="jsonl") if _is_jsonl(path) else {})
+
+
 def _identity(corpus, tokenizer):
     return _digest(corpus | dict(tokenizer=tokenizer.state()))
+
+
+def identity(settings, tokenizer):
+    """The `identity` of the token store that `prepare` would make."""
+    return _identity(_corpus(settings), tokenizer)
 
 
 def manifest(folder):

@@ -4,6 +4,7 @@ A file gets its name only when it is whole and right; what is there already is c
 """
 
 import argparse
+import contextlib
 import dataclasses
 import glob
 import hashlib
@@ -83,7 +84,12 @@ def fetch_drive(address, temporary, timeout):
     except ImportError:
         raise UserError(f"Google Drive needs gdown: pip install gdown; or open {address} in a browser and put the file where it belongs: "
                         "data/train.txt")
-    size = lambda: sum(os.path.getsize(path) for path in glob.glob(glob.escape(temporary) + "*"))
+
+    def size():
+        with contextlib.suppress(FileNotFoundError):  # gdown has just renamed it
+            return sum(os.path.getsize(path) for path in glob.glob(glob.escape(temporary) + "*"))
+        return 0
+
     process = subprocess.Popen([sys.executable, "-m", "gdown", address, "-O", temporary, "--continue", "--quiet"],
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     seen, since = size(), time.monotonic()

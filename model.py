@@ -589,7 +589,7 @@ def generate(model, prompts, sampling, stop=(), cache=None, generator=None, scor
         dtype = torch.get_autocast_dtype(device.type)
     longest = max(len(prompt) for prompt in prompts)
     if cache is None:
-        cache = KVCache(model.config, len(prompts), model.config.block_size, device, dtype)
+        cache = KVCache(model.config, len(prompts), min(model.config.block_size, longest + sampling.max_new_tokens), device, dtype)
         cache.start = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
         cache.steps = None
     elif any(len(prompt) != longest for prompt in prompts):

@@ -20,6 +20,7 @@ import checkpoint
 import reviews as data
 import runtime as rt
 import settings as settings_module
+from data import file_sha256
 from model import Classifier, extended
 from ngrams import Ngrams
 from optim import learning_rate, make_optimizers, set_learning_rate, share_done, update
@@ -133,12 +134,14 @@ def experiment(settings, runtime, stopping, dry_run):
     classes = ", ".join(f"{name}: {count}" for name, count in zip(names, np.bincount(labels)))
     runtime.say(f"reviews   {len(texts)} of {len(names)} classes ({classes})")
     plans = list(data.splits(texts, labels, names, settings))
+    files = filter(None, (settings.sentimental_data_path, settings.split_path))
+    runtime.processes.once(lambda: ", ".join(f"{path} ({file_sha256(path)[:8]})" for path in files))  # the same on each machine
     root, several, results, failed = settings.checkpoint_root, len(plans) > 1, [], None
     for title, seed, *parts in plans:
         folder = os.path.join(root, title.replace(", ", "-").replace(" ", "")) if several else root
         try:
             result = train(settings, runtime, stopping, texts, labels, names, seed, parts, folder, dry_run)
-        except (UserError, OSError) as error:  # what ended before keeps its figures
+        except Exception as error:  # what ended before keeps its figures
             result, failed = None, error
         if result is None:
             break
@@ -260,7 +263,7 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
             if runtime.main:
                 if epoch == 1 and (old := checkpoint.set_aside(folder)):
                     bar.write(f"an earlier run's checkpoints are now in {old}")
-                save(folder, step, classifier, linear, tokenizer, names, block_size, settings, history)
+                save(folder, step, classifier, linear, tokenizer, names, block_size, dataclasses.replace(settings, seed=seed), history)
     bar.close()
 
     classifier.load_state_dict(best_state)

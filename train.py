@@ -64,8 +64,10 @@ def train(settings, runtime, dry_run, begin):
     if dry_run:
         return
     if runtime.main and settings.bigram_start and not saved and model.config.modern and not model.config.tied:
-        runtime.say("the model starts from which token follows which in the corpus (bigram_start)")
-        model.start_from_bigrams(*map(torch.from_numpy, epoch.bigrams()))  # DDP gives it to the other processes
+        first, second, count = map(torch.from_numpy, epoch.bigrams())
+        if count.sum() >= tokenizer.size:  # less says nothing of most tokens
+            runtime.say("the model starts from which token follows which in the corpus (bigram_start)")
+            model.start_from_bigrams(first, second, count)  # DDP gives it to the other processes
     model.to(device).train()
     model.checkpointing = settings.checkpointing
     micro_batch = choose_micro_batch(settings, runtime, model, rows)
@@ -221,8 +223,8 @@ def keep_split(settings, runtime, path, saved):
     if not saved or saved["progress"].get("store") is None:
         return settings
     split = {name: saved["settings"][name] for name in ("train_percent", "seed")}
-    kept = dataclasses.replace(settings, **split)
-    if kept == settings or data.manifest(open_store(kept, runtime, path, saved)[0])["identity"] != saved["progress"]["store"]:
+    kept, tokenizer = dataclasses.replace(settings, **split), checkpoint.unpack(saved, path)[1]
+    if kept == settings or runtime.processes.once(lambda: data.identity(kept, tokenizer)) != saved["progress"]["store"]:
         return settings
     for name, value in split.items():
         if value != getattr(settings, name):
@@ -247,7 +249,7 @@ def make_model(settings, tokenizer, path, saved, runtime):
     groups = [group["params"] for state in saved.get("optimizer") or [] for group in state["param_groups"]]
     if sum(map(len, groups)) == len(list(model.parameters())):
         model.requires_grad_(True)  # a run begun when the blocks' norms were trained as well
-    if settings.tokenizer in ("char", "bpe") and settings.tokenizer != (kind := tokenizer.state()["kind"]):
+    if settings.tokenizer != (kind := tokenizer.state()["kind"]):
         runtime.say(f"tokenizer={kind}, as in {path}, not {settings.tokenizer}")
     for field in dataclasses.fields(GPTConfig):
         wanted, has = getattr(config, field.name), getattr(model.config, field.name)

@@ -79,6 +79,15 @@ def test_a_store_of_jsonl_is_that_of_the_same_text(tmp_path):
         assert first == second
 
 
+def test_jsonl_that_was_read_as_text_is_read_anew_under_its_right_name(tmp_path):
+    (tmp_path / "c.txt").write_text('{"messages": [{"role": "user", "content": "你好"}]}\n\n' * 4)
+    stores = [data.prepare(make_settings(tmp_path / "c.txt"))]
+    os.rename(tmp_path / "c.txt", tmp_path / "c.jsonl")
+    stores.append(data.prepare(make_settings(tmp_path / "c.jsonl")))
+    assert data.manifest(stores[0])["identity"] != data.manifest(stores[1])["identity"]
+    assert tokenizer.load(f"{stores[1]}/tokenizer.json").vocabulary == "你好"
+
+
 def test_half_an_emoji_in_jsonl_becomes_a_question_mark(tmp_path):
     path = tmp_path / "c.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "好\\ud83d"}, {"role": "assistant", "content": "嗯"}]}\n')

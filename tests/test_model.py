@@ -79,6 +79,14 @@ def test_cached_generation_equals_uncached(model, batch):
         assert found == ids[len(prompt):]
 
 
+def test_a_cache_of_generation_s_own_is_no_longer_than_it_can_get(model, monkeypatch):
+    sizes = []
+    monkeypatch.setattr("model.KVCache", lambda *arguments: sizes.append(arguments[2]) or KVCache(*arguments))
+    for new, size in ((7, 10), (1000, 64)):
+        assert len(list(generate(model, [[5, 6, 7], [8]], Sampling(max_new_tokens=new)))) == min(new, 64 - 3 + 1)
+        assert sizes.pop() == size
+
+
 @torch.no_grad()
 def test_a_cache_goes_on_where_it_was_left(model):
     cache = KVCache(model.config, 1, 64, "cpu", torch.float32)

@@ -312,7 +312,9 @@ def test_every_seed_of_given_test_sets_has_a_folder_of_its_own(config, tmp_path,
     texts, _, _, _ = reviews.read_reviews(str(tmp_path / "reviews.csv"))
     (tmp_path / "split.json").write_text(json.dumps([list(range(k, len(texts), 3)) for k in range(2)]))
     run(monkeypatch, config, f"split_path={tmp_path}/split.json", "seeds=[1,2]", "max_epoch=1")
-    assert len({one["folder"] for one in metrics(tmp_path / "out")["runs"]}) == 4
+    made = metrics(tmp_path / "out")["runs"]
+    assert len({one["folder"] for one in made}) == 4
+    assert all(checkpoint.read(f"{one['folder']}/best.pth")["settings"]["seed"] == one["seed"] for one in made)
     assert len(list((tmp_path / "runs" / "out").glob("*"))) == 4  # not where another configuration's seed1 is
 
 
@@ -338,13 +340,23 @@ def test_a_run_stopped_between_folds_and_configurations_keeps_the_figures_of_wha
     assert "two (2 of 3 runs)" in table and "three" not in table
 
 
-def test_an_error_in_a_later_run_keeps_the_figures_of_what_ended(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("full", ["disk", "memory"])
+def test_an_error_in_a_later_run_keeps_the_figures_of_what_ended(full, config, tmp_path, monkeypatch):
     for name in ("one", "two", "three"):
         (tmp_path / f"{name}.yaml").write_text(open(config).read().replace("/out", f"/{name}"))
     (tmp_path / "two").mkdir()
-    (tmp_path / "two" / "seed8").write_text("in the way")
+    if full == "disk":
+        (tmp_path / "two" / "seed8").write_text("in the way")
+    else:
+        make = sentimentalTrain.make_optimizers
+
+        def make_optimizers(model, settings, dtype, left=iter(range(4, -1, -1))):
+            if next(left) == 0:
+                raise torch.OutOfMemoryError
+            return make(model, settings, dtype)
+        monkeypatch.setattr(sentimentalTrain, "make_optimizers", make_optimizers)
     paths = [str(tmp_path / f"{name}.yaml") for name in ("one", "two", "three")]
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot be written" if full == "disk" else "the memory is full"):
         run(monkeypatch, *paths, "seeds=[7,8,9]", "max_epoch=1", "--table", str(tmp_path / "t"))
     assert len(metrics(tmp_path / "one")["runs"]) == 3 and len(metrics(tmp_path / "two")["runs"]) == 1
     assert (tmp_path / "two" / "best.pth").exists() and not os.listdir(tmp_path / "three")

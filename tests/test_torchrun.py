@@ -327,3 +327,19 @@ def test_a_machine_without_the_checkpoint_ends_all_with_a_line(references, tmp_p
     ended = [runs.finish(process, 60) for process in started]
     assert all(status != 0 for status, _ in ended)
     assert ended[1][1].count("cpt30.pth, which rank 0 goes on from, is not on") == 1, ended
+
+
+@pytest.mark.soak
+def test_a_machine_with_other_reviews_ends_all_with_a_line(references, tmp_path):
+    base, port, started = os.path.join(references(2)[0], "checkpoints/last.pth"), runs.free_port(), []
+    for rank in range(2):
+        place = tmp_path / f"machine{rank}"
+        place.mkdir()
+        lines = [f"{i % 2},{'good' if i % 2 else 'bad'} {i}" for i in range(40)][::1 - 2 * rank]
+        (place / "reviews.csv").write_text("\n".join(["label,review", *lines]))
+        (place / "s.yaml").write_text(f"sentimental_data_path: reviews.csv\nbase_model: {base}\ndevice: cpu\ntrain_percent: 0.5\n")
+        started.append(runs.start("s.yaml", cwd=str(place), script=os.path.join(runs.ROOT, "sentimentalTrain.py"), torchrun=[
+            "--nnodes=2", f"--node_rank={rank}", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]))
+    ended = [runs.finish(process, 60) for process in started]
+    assert all(status != 0 for status, _ in ended)
+    assert re.search(r"has reviews.csv \(\w+\) where rank 0 has reviews.csv \(\w+\): give every machine the same files", ended[1][1]), ended

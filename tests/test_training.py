@@ -283,6 +283,21 @@ def test_going_on_keeps_the_dialogues_that_are_held_out(trained):
     assert runs.checkpoint(folder)["progress"]["step"] == 6
 
 
+def test_going_on_with_a_single_dialogue_makes_one_store_and_says_whose_tokenizer_it_has(trained, tmp_path):
+    _, _, folder = trained(max_steps=2)
+    (tmp_path / "one.txt").write_text("abc\ndef\n")
+    status, output, _ = trained(data_path=str(tmp_path / "one.txt"), train_percent=1, tokenizer="x.json", max_steps=3, resume_from="auto")
+    assert status == 0 and "tokenizer=char, as in" in output and "not x.json" in output and "is not what" in output
+    assert len(list((tmp_path / ".cache").glob("one-*"))) == 1
+
+
+def test_a_text_shorter_than_its_vocabulary_is_not_what_a_model_starts_from(trained, tmp_path):
+    _, _, folder = trained(max_steps=1)
+    (tmp_path / "two.txt").write_text("ab\n\nba\n")
+    _, output, _ = trained(data_path=str(tmp_path / "two.txt"), tokenizer=str(folder / "last.pth"), max_steps=1)
+    assert "the model starts from" not in output and "finished after 1 step" in output
+
+
 @pytest.mark.soak
 def test_a_full_disk_ends_in_one_line_and_leaves_what_was_saved(tmp_path):
     config = runs.write_config(str(tmp_path), max_steps=4)
