@@ -76,6 +76,8 @@ def start(processes):
     stopping = rt.StopSignal(processes)
     for settings in several:  # what can be wrong with the last shows before the first has taken hours
         check(settings, [settings.checkpoint_root for settings in several])
+    files = sorted({path for settings in several for path in (settings.sentimental_data_path, settings.split_path) if path})
+    processes.once(lambda: ", ".join(f"{path} ({file_sha256(path)[:8]})" for path in files))  # the same on each machine
     for base, corpus in {(settings.base_model, settings.data_path) for settings in several}:
         checkpoint.load_model(base, corpus=corpus)
     if runtime.main and not options.dry_run:
@@ -134,8 +136,6 @@ def experiment(settings, runtime, stopping, dry_run):
     classes = ", ".join(f"{name}: {count}" for name, count in zip(names, np.bincount(labels)))
     runtime.say(f"reviews   {len(texts)} of {len(names)} classes ({classes})")
     plans = list(data.splits(texts, labels, names, settings))
-    files = filter(None, (settings.sentimental_data_path, settings.split_path))
-    runtime.processes.once(lambda: ", ".join(f"{path} ({file_sha256(path)[:8]})" for path in files))  # the same on each machine
     root, several, results, failed = settings.checkpoint_root, len(plans) > 1, [], None
     for title, seed, *parts in plans:
         folder = os.path.join(root, title.replace(", ", "-").replace(" ", "")) if several else root
