@@ -129,7 +129,7 @@ def test_vocabulary_follows_frequency_then_first_appearance_over_the_whole_file_
 
 def test_without_its_corpus_the_file_is_refused_with_the_way_out(tmp_path):
     path, _, _, _ = write_original(tmp_path)
-    with pytest.raises(UserError, match="data_path=.*convert"):
+    with pytest.raises(UserError, match="convert .*data_path="):
         checkpoint.load_model(path)
     with pytest.raises(UserError, match="no.txt cannot be read: No such file"):
         checkpoint.load_model(path, corpus=str(tmp_path / "no.txt"))
