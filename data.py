@@ -166,7 +166,7 @@ def prepare(settings, tokenizer=None):
 
     `tokenizer` is one to use; without it settings.tokenizer names one or the kind to train on the training part.
     """
-    path, corpus = settings.data_path, _corpus(settings)
+    path, corpus = settings.data_path, corpus_of(settings)
     if tokenizer is None and settings.tokenizer.endswith(".pth"):
         import checkpoint  # here: it needs torch, which takes seconds
         _, tokenizer = checkpoint.unpack(checkpoint.read(settings.tokenizer, path), settings.tokenizer)
@@ -176,8 +176,8 @@ def prepare(settings, tokenizer=None):
     cache = os.path.join(os.path.dirname(path) or ".", ".cache")
     name = os.path.splitext(os.path.basename(path))[0][:50]
     folder = os.path.join(cache, f"{name}-{_digest(trained)}")
-    if tokenizer is not None and (manifest(folder) or {}).get("identity") != _identity(corpus, tokenizer):
-        folder = os.path.join(cache, f"{name}-{_identity(corpus, tokenizer)}")  # seldom: a checkpoint's is usually the trained one
+    if tokenizer is not None and (manifest(folder) or {}).get("identity") != identity(corpus, tokenizer):
+        folder = os.path.join(cache, f"{name}-{identity(corpus, tokenizer)}")  # a tokenizer that this corpus would not make
     if manifest(folder):
         return folder
     try:
@@ -208,7 +208,7 @@ def _digest(mapping):
     return hashlib.sha256(json.dumps(mapping, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _corpus(settings):
+def corpus_of(settings):
     """What the ids of a corpus and its split follow from, but for the tokenizer."""
     path = settings.data_path
     if path is None:
@@ -218,20 +218,13 @@ def _corpus(settings):
     return corpus | (dict(reader="jsonl") if _is_jsonl(path) else {})
 
 
-def _identity(corpus, tokenizer):
+def identity(corpus, tokenizer):
+    """A short hash of what a token store holds: stores with the same ids in the same split have the same. `corpus`: from `corpus_of`."""
     return _digest(corpus | dict(tokenizer=tokenizer.state()))
 
 
-def identity(settings, tokenizer):
-    """The `identity` of the token store that `prepare` would make."""
-    return _identity(_corpus(settings), tokenizer)
-
-
 def manifest(folder):
-    """What a token store says of itself, a dict, or None where it is not there or not whole.
-
-    Its `identity` is a short hash of what it holds: stores with the same ids in the same split have the same.
-    """
+    """What a token store says of itself, a dict, or None where it is not there or not whole."""
     try:
         with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:
             content = json.load(file)
@@ -282,7 +275,7 @@ def _write_store(folder, path, settings, tokenizer, corpus):
     tokens = dict(train=int(sizes.sum(where=training)), val=int(sizes.sum(where=~training)))
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
     sizes = {name: os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder)}
-    content = dict(corpus, layout=LAYOUT, identity=_identity(corpus, tokenizer), dialogues=count, tokens=tokens,
+    content = dict(corpus, layout=LAYOUT, identity=identity(corpus, tokenizer), dialogues=count, tokens=tokens,
                    dtype=np.dtype(tokenizer.dtype).name, sizes=sizes)
     with open(os.path.join(folder, "manifest.json"), "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
@@ -338,7 +331,7 @@ def pack(lengths, block_size, rng):
     while available:
         rows.append(len(taken))
         space = block_size
-        while fitting := available & ((2 << space) - 1):
+        while fitting := available & ((2 << space) - 1):  # lengths up to space
             n = fitting.bit_length() - 1
             ends[n] -= 1
             taken.append(ends[n])

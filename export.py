@@ -19,6 +19,10 @@ from settings import ChatSettings, UserError
 from tokenizer import PAD, SEP, SPECIALS, UNK, BPETokenizer
 
 # An utterance a line, the line end is <sep>; what is to be answered is closed by one too.
+QWEN3 = {  # our names in a block: Qwen3's
+    "norm1": "input_layernorm", "attention.q": "self_attn.q_proj", "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj",
+    "attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm", "attention.out": "self_attn.o_proj",
+    "norm2": "post_attention_layernorm", "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.out": "mlp.down_proj"}
 CHAT_TEMPLATE = ("{% for message in messages if message['role'] != 'system' %}"
                  "{{ message['content'].replace('\\r\\n', '\\n').strip('\\n').replace('\\n', ' ') + '\\n' }}{% endfor %}")
 
@@ -135,12 +139,7 @@ def qwen3(model, size):
     weights = {"model.embed_tokens.weight": rms_norm(model.embedding.weight[:size]), "model.norm.weight": model.norm.weight,
                "lm_head.weight": model.head.weight[:size]}
     for layer, block in enumerate(model.blocks):
-        parts = dict(input_layernorm=block.norm1, post_attention_layernorm=block.norm2)
-        parts |= {f"self_attn.{theirs}": getattr(block.attention, ours) for theirs, ours in dict(
-            q_proj="q", k_proj="k", v_proj="v", o_proj="out", q_norm="q_norm", k_norm="k_norm").items()}
-        parts |= {f"mlp.{theirs}": getattr(block.mlp, ours) for theirs, ours in dict(
-            gate_proj="gate", up_proj="up", down_proj="out").items()}
-        weights |= {f"model.layers.{layer}.{name}.weight": part.weight for name, part in parts.items()}
+        weights |= {f"model.layers.{layer}.{theirs}.weight": block.get_submodule(ours).weight for ours, theirs in QWEN3.items()}
     return weights, dict(
         architectures=["Qwen3ForCausalLM"], model_type="qwen3", hidden_size=c.n_embd, intermediate_size=c.hidden_size,
         num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_size,

@@ -133,7 +133,10 @@ def make_norm(config):
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding (Su et al. 2021) of (B, heads, T, D), halves paired as in Hugging Face."""
+    """Rotary position embedding (Su et al. 2021) of (B, heads, T, D), halves paired as in Hugging Face.
+
+    With tables of D / 2 as a CPU likes it; with tables of D, the first half of `sin` negated, in one `addcmul`, as a GPU does.
+    """
     if cos.shape[-1] == x.shape[-1]:
         return torch.addcmul(x * cos, x.unflatten(-1, (2, -1)).flip(-2).flatten(-2), sin)
     a, b = x.chunk(2, dim=-1)
@@ -212,8 +215,7 @@ def _loss_of_rows(hidden, weight, targets, unused, by_weight=None):
     """Summed cross-entropy of (n, C) rows, its gradient by hidden (n, C), and that by weight (V, C) added to `by_weight`.
 
     Without `by_weight` there are no gradients. `unused` (V,) is -inf at the rows of the embedding that are no token's, else 0. It
-    is added, and the target scattered, for a comparison with each column's number doubles the compiled time of all that is
-    no matrix product.
+    is added, and the target scattered: comparing columns' numbers would double the compiled time outside the matrix products.
     """
     logits = (hidden @ weight.t()).float() + unused  # (n, V)
     real = (targets != IGNORE)[:, None]
@@ -223,9 +225,9 @@ def _loss_of_rows(hidden, weight, targets, unused, by_weight=None):
     loss = -(found * real).sum()
     if by_weight is None:
         return loss, None, None
-    slope = ((logits - total).exp() * real).to(hidden.dtype)
-    slope = slope.scatter(1, index, (found.expm1() * real).to(hidden.dtype))
-    return loss, slope @ weight, by_weight + slope.t() @ hidden
+    by_logits = ((logits - total).exp() * real).to(hidden.dtype)  # probabilities, less 1 at the target
+    by_logits = by_logits.scatter(1, index, (found.expm1() * real).to(hidden.dtype))
+    return loss, by_logits @ weight, by_weight + by_logits.t() @ hidden
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -619,10 +621,9 @@ def log_probability(model, contexts, replies):
     """(B,) float32: log-probability of each reply (a list of ids) after its context (a list of at least one id)."""
     pairs = list(zip(contexts, replies))
     ids = pad_sequence([torch.tensor([*context, *reply]) for context, reply in pairs], batch_first=True)
-    counted = pad_sequence([torch.tensor([False] * len(context) + [True] * len(reply)) for context, reply in pairs], batch_first=True)
-    ids, counted = ids.to(model.embedding.weight.device), counted.to(model.embedding.weight.device)
-    chances = model.logits(model.hidden(ids[:, :-1])).log_softmax(dim=-1)
-    return (chances.gather(2, ids[:, 1:, None])[:, :, 0] * counted[:, 1:]).sum(dim=1)
+    targets = pad_sequence([torch.tensor([IGNORE] * (len(context) - 1) + [*reply]) for context, reply in pairs], True, IGNORE)
+    ids, targets = ids.to(model.embedding.weight.device), targets.to(model.embedding.weight.device)
+    return -F.cross_entropy(model.logits(model.hidden(ids[:, :-1])).mT, targets, reduction="none").sum(dim=1)
 
 
 def most_informative(model, replies, scores, weight, opening):

@@ -127,8 +127,8 @@ def clip(parameters, limit):
 
 
 def update(optimizers, scaler, model, settings, zeros, keep=False):
-    """Clips the gradient, takes a step unless it is not finite, and frees the gradient (`zeros`: sets it to zeros in place; `keep`:
-    leaves it); its norm, a float."""
+    """Clips the gradient and takes a step unless it is not finite; the gradient's norm, a float. Then the gradient is freed, or set to
+    zeros in place (`zeros`: DDP's buckets hold it), or left (`keep`: a recorded step overwrites it)."""
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = clip(model.parameters(), settings.grad_clip)

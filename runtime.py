@@ -51,7 +51,10 @@ class Processes:
         return self
 
     def _join(self, store):
-        """Agrees with the others on a prefix of keys: the store may outlive restarts, and hold what dead processes said."""
+        """Agrees with the others on a prefix of keys: the store may outlive restarts, and hold what dead processes said.
+
+        TORCHELASTIC_RESTART_COUNT would not do: it differs between machines once one has joined, and counts no process that dies here.
+        """
         if self.rank == 0:
             session = uuid.uuid4().hex
             store.set("session", session)
@@ -166,6 +169,11 @@ class Runtime:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
+    def tensors(self, *arrays):
+        """Arrays as tensors on the device."""
+        pin = self.device.type == "cuda"
+        return [(tensor.pin_memory() if pin else tensor).to(self.device, non_blocking=pin) for tensor in map(torch.from_numpy, arrays)]
+
     def say(self, *words):
         if self.main:
             print(*words, flush=True)
@@ -264,15 +272,6 @@ def add_up(runtime, *values):
     return tuple(total.tolist())
 
 
-def least(runtime, value):
-    """The smallest of all processes' integers."""
-    if runtime.world == 1:
-        return value
-    smallest = torch.tensor(value)
-    dist.all_reduce(smallest, dist.ReduceOp.MIN)
-    return int(smallest)
-
-
 class _Output(io.FileIO):
     """A terminal that may be closed, before SIGHUP is noticed even, or a pipe to `tee`, which Ctrl-C ends as well: what is written then
     is lost, which is no error."""
@@ -347,7 +346,7 @@ def distribute(runtime, model):
                                    gradient_as_bucket_view=True)
 
 
-def records(runtime, settings, pieces):
+def can_record(runtime, settings, pieces):
     """Whether a step's passes over so many pieces are recorded as a CUDA graph: on one GPU, and where launching kernels counts."""
     return (runtime.device.type == "cuda" and not dist.is_initialized() and settings.compile and not settings.checkpointing
             and pieces <= 16)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoint
-import reviews as data
+import reviews
 import runtime as rt
 import settings as settings_module
 from data import file_sha256
@@ -71,9 +71,8 @@ def start(processes):
     if predicting:
         path = paths[0] if paths[0].endswith(".pth") else os.path.join(several[0].checkpoint_root, "best.pth")
         text = (options.predict_text or "").encode("utf-8", "replace").decode()  # a shell may pass what is not UTF-8
-        texts = [text] if options.predict_text is not None else data.read_unlabelled(options.predict)
+        texts = [text] if options.predict_text is not None else reviews.read_unlabelled(options.predict)
         return predict(path, texts, runtime)
-    stopping = rt.StopSignal(processes)
     for settings in several:  # what can be wrong with the last shows before the first has taken hours
         check(settings, [settings.checkpoint_root for settings in several])
     files = sorted({path for settings in several for path in (settings.sentimental_data_path, settings.split_path) if path})
@@ -85,6 +84,7 @@ def start(processes):
             checkpoint.make_folder(settings.checkpoint_root, f"checkpoint_root={settings.checkpoint_root}")
         if len(paths) > 1:
             checkpoint.make_folder(os.path.dirname(options.table) or ".", f"--table {options.table}")
+    stopping = None if options.dry_run else rt.StopSignal(processes)  # up to here, and in a dry run, Ctrl-C just ends
     results = []
     for path, settings in zip(paths, several):
         if len(paths) > 1:
@@ -111,8 +111,8 @@ def check(settings, roots):
         if re.fullmatch(r"\.|seed\d+(-(split|fold)\d+)?", os.path.relpath(os.path.realpath(folder), root)):
             raise UserError(f"base_model={settings.base_model} lies in checkpoint_root: a classifier would take its place, "
                             "and the next run start from that; name another checkpoint_root")
-    texts, labels, names, _ = data.read_reviews(settings.sentimental_data_path)
-    for _, _, training, *_ in data.splits(texts, labels, names, settings):
+    texts, labels, names, _ = reviews.read_reviews(settings.sentimental_data_path)
+    for _, _, training, *_ in reviews.splits(texts, labels, names, settings):
         if len(training) < settings.train_batch:
             raise UserError(f"train_batch={settings.train_batch} is more than the {len(training)} reviews of the training part; "
                             f"use {len(training)} or fewer")
@@ -128,14 +128,14 @@ def experiment(settings, runtime, stopping, dry_run):
         runtime.say(f"weight_decay={settings.weight_decay} is not used where frozen=True: it would pull on the embeddings that are to stay")
     if settings.patience and not settings.val_percent:
         runtime.say(f"patience={settings.patience} is not used: with val_percent=0 nothing is held out")
-    texts, labels, names, left_out = data.read_reviews(settings.sentimental_data_path)
+    texts, labels, names, left_out = reviews.read_reviews(settings.sentimental_data_path)
     if left_out:
         runtime.say(f"{settings.sentimental_data_path}: {left_out} rows without a review or label are left out")
     runtime.say(f"settings  {', '.join(f'{k}={v}' for k, v in dataclasses.asdict(settings).items())}\n"
                 f"machine   {runtime.device}, {str(runtime.dtype).removeprefix('torch.')}, processes: {runtime.world}")
     classes = ", ".join(f"{name}: {count}" for name, count in zip(names, np.bincount(labels)))
     runtime.say(f"reviews   {len(texts)} of {len(names)} classes ({classes})")
-    plans = list(data.splits(texts, labels, names, settings))
+    plans = list(reviews.splits(texts, labels, names, settings))
     root, several, results, failed = settings.checkpoint_root, len(plans) > 1, [], None
     for title, seed, *parts in plans:
         folder = os.path.join(root, title.replace(", ", "-").replace(" ", "")) if several else root
@@ -174,23 +174,23 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
     training, validation, test = parts
     torch.manual_seed(seed)
     classifier, tokenizer, block_size = make_classifier(settings, runtime, names)
-    whole = tokenizer.encode_batch(texts)
-    rows = data.encode(whole, classifier.gpt.config.vocab_size - NEW, block_size)
+    uncut = tokenizer.encode_batch(texts)  # the n-grams see all of a review
+    rows = reviews.encode(uncut, classifier.gpt.config.vocab_size - NEW, block_size)
     lengths = np.array([len(row) for row in rows])
-    unit = data.width_unit(settings.use_mask, block_size)
+    unit = reviews.width_unit(settings.use_mask, block_size)
     steps = -(-len(training) // settings.train_batch)
     classifier.to(device).train()
     classifier.gpt.checkpointing = settings.checkpointing
     trained = classifier.freeze(NEW, settings.frozen)
-    alike = lengths if settings.use_mask else np.zeros_like(lengths)  # what batches are made by
-    order = data.by_length(training, alike, settings.train_batch, np.random.default_rng([seed, 0]))
-    filling = 1 - lengths[training].sum() / sum(data.pad([rows[i] for i in batch], unit)[0].size for batch in order)
+    sort_by = lengths if settings.use_mask else np.zeros_like(lengths)  # what batches are made by
+    order = reviews.by_length(training, sort_by, settings.train_batch, np.random.default_rng([seed, 0]))
+    filling = 1 - lengths[training].sum() / sum(reviews.pad([rows[i] for i in batch], unit)[0].size for batch in order)
     describe_run(runtime, classifier, trained, parts, lengths, filling)
     if dry_run:
         return None
     if runtime.main:
         checkpoint.make_folder(folder, f"checkpoint_root={settings.checkpoint_root}")
-    linear = Ngrams.train([whole[i] for i in training], labels[training], len(names), settings.ngrams) if settings.ngrams else None
+    linear = Ngrams.train([uncut[i] for i in training], labels[training], len(names), settings.ngrams) if settings.ngrams else None
     decay = 0.0 if settings.frozen else settings.weight_decay
     optimizers = make_optimizers(classifier, dataclasses.replace(settings, weight_decay=decay), runtime.dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=runtime.dtype == torch.float16)
@@ -204,7 +204,7 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
     while share < 1 and not (settings.patience and worse >= settings.patience):
         rng = np.random.default_rng([seed, epoch])
         nats, right, seen = 0.0, 0.0, 0
-        for batch in data.by_length(training, alike, settings.train_batch, rng):
+        for batch in reviews.by_length(training, sort_by, settings.train_batch, rng):
             minutes, wish = rt.add_up(runtime, (time.perf_counter() - begin) / 60 * runtime.main, bool(stopping))
             if wish:
                 bar.close()
@@ -221,8 +221,7 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
             for number, piece in mine:
                 rt.seed_step(seed, step, number)
                 weight, piece = (1.0, piece) if len(piece) else (0.0, batch[:1])  # an exchange takes all processes
-                ids, ends = tensors(rows, piece, unit, device)
-                wanted = torch.from_numpy(labels[piece]).to(device)
+                ids, ends, wanted = runtime.tensors(*reviews.pad([rows[i] for i in piece], unit), labels[piece])
                 with rt.exchange(distributed, number == mine[-1][0]):
                     with runtime.autocast():
                         scores = (distributed or classifier)(ids, ends)
@@ -246,8 +245,8 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
         nats, right = rt.add_up(runtime, nats, right)
         told = dict(epoch=epoch, loss=nats / seen, train_accuracy=right / seen)
         if len(validation):
-            probabilities = classify(classifier, linear, rows, whole, validation, settings.test_batch, unit, runtime)
-            figures = data.measure(probabilities, labels[validation], names)
+            probabilities = classify(classifier, linear, rows, uncut, validation, settings.test_batch, unit, runtime)
+            figures = reviews.measure(probabilities, labels[validation], names)
             told |= dict(validation=figures["accuracy"], validation_auc=figures["auc"])
         history.append(told)
         for name, value in told.items():
@@ -270,8 +269,8 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
     metrics = dict(validation=None)
     for name, members, other in (("validation", validation, linear), ("test", test, linear), ("test_without_ngrams", test, None)):
         if len(members) and (linear or name != "test_without_ngrams"):
-            probabilities = classify(classifier, other, rows, whole, members, settings.test_batch, unit, runtime)
-            metrics[name] = data.measure(probabilities, labels[members], names)
+            probabilities = classify(classifier, other, rows, uncut, members, settings.test_batch, unit, runtime)
+            metrics[name] = reviews.measure(probabilities, labels[members], names)
     minutes = (time.perf_counter() - begin) / 60
     for name in ("accuracy", "f1", "auc", "majority"):
         writer.add_scalar(f"test/{name}", metrics["test"][name], step)
@@ -320,46 +319,41 @@ def predict(path, texts, runtime):
     """Prints a line for each text: label, tab, probability; an empty line for an empty text."""
     classifier, linear, tokenizer, saved = load(path)
     classifier.to(runtime.device)
-    unit = data.width_unit(saved["use_mask"], saved["block_size"])
+    unit = reviews.width_unit(saved["use_mask"], saved["block_size"])
     texts = list(map(str.strip, texts))
     with tqdm(total=sum(map(bool, texts)), unit="review", disable=None if runtime.main else True) as bar:
         for begin in range(0, len(texts), PART):
             part = texts[begin:begin + PART]
-            whole = tokenizer.encode_batch(list(filter(None, part)))
-            rows = data.encode(whole, classifier.gpt.config.vocab_size - NEW, saved["block_size"])
-            probabilities = classify(classifier, linear, rows, whole, np.arange(len(rows)), 32, unit, runtime, bar)
+            uncut = tokenizer.encode_batch(list(filter(None, part)))
+            rows = reviews.encode(uncut, classifier.gpt.config.vocab_size - NEW, saved["block_size"])
+            probabilities = classify(classifier, linear, rows, uncut, np.arange(len(rows)), 32, unit, runtime, bar)
             lines = iter(f"{saved['names'][row.argmax()]}\t{row.max():.4f}" for row in probabilities)
             if runtime.main:
                 bar.write("\n".join(next(lines) if text else "" for text in part))
 
 
 @torch.no_grad()
-def classify(classifier, linear, rows, whole, members, batch_size, unit, runtime, bar=None):
+def classify(classifier, linear, rows, uncut, members, batch_size, unit, runtime, bar=None):
     """(len(members), classes) probabilities, computed by all processes together.
 
     With a `linear` model beside the GPT they are the normalised geometric mean of both.
     """
     logs = np.zeros((len(members), classifier.classifier.out_features))
-    batches = data.by_length(np.arange(len(members)), np.array([len(rows[i]) for i in members]), batch_size)
+    batches = reviews.by_length(np.arange(len(members)), np.array([len(rows[i]) for i in members]), batch_size)
     classifier.eval()
     for number in range(runtime.rank, len(batches), runtime.world):
         batch = batches[number]
-        ids, ends = tensors(rows, members[batch], unit, runtime.device)
+        ids, ends = runtime.tensors(*reviews.pad([rows[i] for i in members[batch]], unit))
         with runtime.autocast():
             scores = classifier(ids, ends)
         logs[batch] = scores.log_softmax(dim=-1).cpu()
         if linear is not None:
-            logs[batch] = (logs[batch] + linear.log_probabilities([whole[i] for i in members[batch]])) / 2
+            logs[batch] = (logs[batch] + linear.log_probabilities([uncut[i] for i in members[batch]])) / 2
         if bar is not None:
             bar.update(sum(map(len, batches[number:number + runtime.world])))
     classifier.train()
     logs = np.array(rt.add_up(runtime, *logs.ravel())).reshape(logs.shape)
     return torch.from_numpy(logs).softmax(dim=1).numpy()
-
-
-def tensors(rows, members, unit, device):
-    """ids (B, T) and lengths (B,) of some reviews, on the device."""
-    return [torch.from_numpy(array).to(device) for array in data.pad([rows[i] for i in members], unit)]
 
 
 def count_pieces(settings, runtime):

@@ -156,7 +156,7 @@ def _parse(name, value, field, hint):
             elif kind == list[int]:
                 parts = value if isinstance(value, list) else str(value).strip("[]").split(",")
                 parsed = [int(str(part)) for part in parts if str(part).strip()]
-            elif isinstance(value, (bool, list, dict)) or value in ("true", "True", "false", "False"):  # no name that is meant
+            elif isinstance(value, (bool, list, dict)) or value in ("true", "True", "false", "False"):  # tensorboard_path: false
                 continue
             else:
                 parsed = os.path.expanduser(str(value))  # "~" in a YAML file; a shell replaces only its own
@@ -165,7 +165,7 @@ def _parse(name, value, field, hint):
         low, high, choices = (field.metadata[k] for k in ("low", "high", "choices"))
         if choices and parsed not in choices:
             raise UserError(f"{name}={parsed} is none of {', '.join(choices)}")
-        for number in parsed if isinstance(parsed, list) else [parsed] * (kind in (int, float)):
+        for number in parsed if isinstance(parsed, list) else [parsed] if kind in (int, float) else []:
             if (low is not None and number < low) or (high is not None and number > high):
                 raise UserError(f"{name}={value} must be {'' if low is None else f'at least {low}'}"
                                 f"{' and ' if None not in (low, high) else ''}{'' if high is None else f'at most {high}'}")

@@ -23,22 +23,17 @@ from settings import TrainSettings, UserError
 
 def main():
     begin = time.perf_counter()
-    with rt.Processes() as processes:
-        values, dry_run = read_command_line()
-        settings = settings_module.build(TrainSettings, values)
-        runtime = rt.start(settings, processes)
-        rt.explain_processes(runtime, values)
-        train(settings, runtime, dry_run, begin)
-
-
-def read_command_line():
-    """(keys and values of the YAML file and the command line, whether it is but a dry run)."""
     parser = settings_module.parser(TrainSettings, "python train.py CONFIG [key=value …] [--dry-run]")
     parser.add_argument("config", help="YAML file")
     parser.add_argument("override", nargs="*", default=[], help="key=value")
     parser.add_argument("--dry-run", action="store_true", help="print settings, size, memory and FLOPs, and stop")
     options = parser.parse_intermixed_args()
-    return settings_module.read_yaml(options.config) | settings_module.overrides(options.override), options.dry_run
+    with rt.Processes() as processes:
+        values = settings_module.read_yaml(options.config) | settings_module.overrides(options.override)
+        settings = settings_module.build(TrainSettings, values)
+        runtime = rt.start(settings, processes)
+        rt.explain_processes(runtime, values)
+        train(settings, runtime, options.dry_run, begin)
 
 
 def train(settings, runtime, dry_run, begin):
@@ -51,12 +46,14 @@ def train(settings, runtime, dry_run, begin):
 
     # Where to go on from, the data, the model: every process does the same.
     path, saved = find_checkpoint(settings, runtime, rename=not dry_run)
-    settings = keep_split(settings, runtime, path, saved)
-    store, tokenizer = open_store(settings, runtime, path, saved)
+    tokenizer = checkpoint.unpack(saved, path)[1] if saved else None
+    settings = keep_split(settings, runtime, path, saved, tokenizer)
+    store = runtime.processes.once(lambda: data.prepare(settings, tokenizer))  # the others wait
+    tokenizer = tokenizer or tokenizer_module.load(os.path.join(store, "tokenizer.json"))
     documents, held_out, identity = data.Documents(store, "train"), data.Documents(store, "val"), data.manifest(store)["identity"]
     torch.manual_seed(settings.seed)
     model = make_model(settings, tokenizer, path, saved, runtime)
-    progress, own = starting_point(settings, runtime, path, saved, identity)
+    progress, same_run = starting_point(settings, runtime, path, saved, identity)
     epoch = data.Epoch(documents, settings.block_size, settings.seed, progress["epoch"])
     describe(settings, runtime, model, epoch, held_out)
     if settings.patience and not len(held_out.spans):
@@ -77,13 +74,13 @@ def train(settings, runtime, dry_run, begin):
         load_optimizers(optimizers, scaler, saved)
     if runtime.main:
         checkpoint.make_folder(settings.checkpoint_root, f"checkpoint_root={settings.checkpoint_root}")
-    saved_step, saved_path = progress["step"] if own else -1, path
-    metrics = saved["metrics"] if own else {}
+    saved_step, saved_path = progress["step"] if same_run else -1, path
+    metrics = saved["metrics"] if same_run else {}
     saved = None  # gives its memory back
     if settings.compile:
         compile_or_say(model, runtime)
     distributed = rt.distribute(runtime, model)
-    record = rt.records(runtime, settings, rows // micro_batch)
+    record = rt.can_record(runtime, settings, rows // micro_batch)
 
     def learn(inputs, targets, numbers, factor):
         """Makes the gradient of `factor` times the summed loss of a step's rows; that loss."""
@@ -114,7 +111,7 @@ def train(settings, runtime, dry_run, begin):
         finished = (share >= 1 and step > 0) or (settings.patience is not None and progress["worse"] >= settings.patience)
         due = not wish and step not in (0, progress["scored"]) and (finished or step % settings.eval_freq == 0)
         better = False
-        if due and saved_step >= 0:
+        if due and saved_step >= 0:  # a run's first evaluation comes after its first save, below: memory may not hold it
             metrics = evaluate(model, held_out, tokenizer, settings, runtime) | dict(step=step)
             better = metrics["loss"] < progress["best"] or not metrics["tokens"]  # with nothing held out, the newest is the best
             progress |= dict(scored=step, best=min(progress["best"], metrics["loss"]), worse=0 if better else progress["worse"] + 1)
@@ -144,7 +141,7 @@ def train(settings, runtime, dry_run, begin):
                 if better:
                     checkpoint.name_also(saved_path, "best.pth")
             saved_step, tick, tick_tokens = step, time.perf_counter(), 0
-        if due:  # evaluate, now that something is saved: memory may not hold it; or see whether patience is at its end
+        if due:  # evaluate, after the first save; or, evaluated, see whether patience is at its end
             continue
         if wish:
             rt.add_up(runtime, 0)  # waits until rank 0 has saved: a launcher may end all processes when the first has ended
@@ -167,7 +164,7 @@ def train(settings, runtime, dry_run, begin):
         rt.seed_step(settings.seed, step, runtime.rank)
         first = progress["row"] + runtime.rank * rows
         count = epoch.real_targets(progress["row"], progress["row"] + settings.train_batch)
-        tensors = to_device(epoch.batch(first, first + rows), device)
+        tensors = runtime.tensors(*epoch.batch(first, first + rows))
         total = learn(*tensors, torch.full((), runtime.world / count, device=device))  # DDP takes the mean over processes
         norm = update(optimizers, scaler, model, settings, distributed is not None, keep=record and learn.graph is not None)
         refused = 0 if math.isfinite(norm) else refused + 1
@@ -217,26 +214,19 @@ def find_checkpoint(settings, runtime, rename):
     return path, content
 
 
-def keep_split(settings, runtime, path, saved):
+def keep_split(settings, runtime, path, saved, tokenizer):
     """The settings, but with the checkpoint's train_percent and seed where it goes on with its corpus: another split would train
     on what was held out before, and measure on what was trained on."""
     if not saved or saved["progress"].get("store") is None:
         return settings
     split = {name: saved["settings"][name] for name in ("train_percent", "seed")}
-    kept, tokenizer = dataclasses.replace(settings, **split), checkpoint.unpack(saved, path)[1]
-    if kept == settings or runtime.processes.once(lambda: data.identity(kept, tokenizer)) != saved["progress"]["store"]:
+    kept = dataclasses.replace(settings, **split)
+    if kept == settings or runtime.processes.once(lambda: data.identity(data.corpus_of(kept), tokenizer)) != saved["progress"]["store"]:
         return settings
     for name, value in split.items():
         if value != getattr(settings, name):
             runtime.say(f"{name}={value}, as in {path}, not {getattr(settings, name)}: the same dialogues stay held out")
     return kept
-
-
-def open_store(settings, runtime, path, saved):
-    """(folder of the token store, its tokenizer); the main process makes it while the others wait."""
-    tokenizer = checkpoint.unpack(saved, path)[1] if saved else None
-    store = runtime.processes.once(lambda: data.prepare(settings, tokenizer))
-    return store, tokenizer or tokenizer_module.load(os.path.join(store, "tokenizer.json"))
 
 
 def make_model(settings, tokenizer, path, saved, runtime):
@@ -261,7 +251,7 @@ def make_model(settings, tokenizer, path, saved, runtime):
 
 
 def starting_point(settings, runtime, path, saved, identity):
-    """(progress, own): where the run begins, and whether it goes on in the folder of its checkpoint.
+    """(progress, same_run): where the run begins, and whether it goes on in the folder of its checkpoint.
 
     A new run, and one on another corpus than its checkpoint's (or from a classifier), begins at step 0; else it begins at its
     checkpoint's step. It does not go on in the folder where that is another's, or has later files: then it counts its best anew, and its
@@ -278,9 +268,9 @@ def starting_point(settings, runtime, path, saved, identity):
         saved["optimizer"] = None
         return anew, False
     root = os.path.realpath(settings.checkpoint_root)
-    own = os.path.dirname(os.path.realpath(path)) == root and all(step <= progress["step"] for step, _ in checkpoint.numbered(root))
-    (own,) = rt.add_up(runtime, own * runtime.main)  # rank 0's disk decides
-    return progress if own else progress | dict(best=math.inf, worse=0, scored=0), bool(own)
+    same_run = os.path.dirname(os.path.realpath(path)) == root and all(step <= progress["step"] for step, _ in checkpoint.numbered(root))
+    (same_run,) = rt.add_up(runtime, same_run * runtime.main)  # rank 0's disk decides
+    return progress if same_run else progress | dict(best=math.inf, worse=0, scored=0), bool(same_run)
 
 
 def load_optimizers(optimizers, scaler, saved):
@@ -322,21 +312,18 @@ def choose_micro_batch(settings, runtime, model, rows):
             with runtime.autocast():
                 loss = model(ids, ids, torch.zeros_like(ids))
             loss.backward()
-            if torch.cuda.mem_get_info(runtime.device)[0] > 0.05 * torch.cuda.mem_get_info(runtime.device)[1]:
-                break
+            free, total = torch.cuda.mem_get_info(runtime.device)
+            fits = free > 0.05 * total
         except torch.OutOfMemoryError:
-            pass
+            fits = False
         finally:
             loss = None
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
+        if rt.add_up(runtime, fits)[0] == runtime.world:  # in every process
+            break
     del state
-    return rt.least(runtime, n)
-
-
-def to_device(arrays, device):
-    pin = device.type == "cuda"
-    return [(tensor.pin_memory() if pin else tensor).to(device, non_blocking=pin) for tensor in map(torch.from_numpy, arrays)]
+    return n
 
 
 @torch.no_grad()
@@ -349,8 +336,7 @@ def evaluate(model, held_out, tokenizer, settings, runtime):
     with torch.compiler.set_stance("force_eager"), runtime.autocast():
         for row in batches[runtime.rank::runtime.world]:
             arrays = rows.batch(row, min(row + settings.test_batch, len(rows)))
-            inputs, targets, numbers = to_device(arrays, runtime.device)
-            nats += model.loss(inputs, targets, numbers).item()
+            nats += model.loss(*runtime.tensors(*arrays)).item()
             real = arrays[1][arrays[1] != data.IGNORE]
             count, length = count + len(real), length + characters[real].sum()
     model.train()

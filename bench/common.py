@@ -234,4 +234,4 @@ def ours(settings, documents, vocab_size, runtime):
             return model.loss(inputs, targets)
 
     optimizers = make_optimizers(model, settings, runtime.dtype)
-    return Contender(model, optimizers, batches(), loss, nats, runtime, settings.grad_clip, record=rt.records(runtime, settings, 1))
+    return Contender(model, optimizers, batches(), loss, nats, runtime, settings.grad_clip, record=rt.can_record(runtime, settings, 1))

@@ -21,7 +21,7 @@ import sentimentalTrain
 import settings as settings_module
 import train
 from model import GPT, Classifier, GPTConfig, extended
-from runs import ROOT, free_port
+from runs import ROOT, finish, free_port, start
 from settings import ChatSettings, SentimentSettings, UserError
 from tokenizer import SEP, BPETokenizer, CharTokenizer
 
@@ -338,6 +338,16 @@ def test_a_run_stopped_between_folds_and_configurations_keeps_the_figures_of_wha
     assert "2 of 3 runs: test accuracy" in capsys.readouterr().out
     table = (tmp_path / "t.md").read_text()
     assert "two (2 of 3 runs)" in table and "three" not in table
+
+
+def test_ctrl_c_ends_a_run_while_it_still_reads_its_files(config, tmp_path):
+    """The wish to stop was noted and looked at in the first training step only."""
+    os.mkfifo(tmp_path / "slow.csv")
+    process = start(config, f"sentimental_data_path={tmp_path}/slow.csv", script=os.path.join(ROOT, "sentimentalTrain.py"))
+    with open(tmp_path / "slow.csv", "wb"):  # returns when the other end is open
+        process.send_signal(signal.SIGINT)
+        status, output = finish(process, 60)
+    assert status == 130 and output.endswith("interrupted\n") and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("full", ["disk", "memory"])
