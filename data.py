@@ -131,7 +131,7 @@ def _jsonl_dialogues(file, path):
             utterances = [" ".join(text.splitlines()).strip() for role, text in pairs if role != "system"]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f'{path}, line {number}: expected {{"messages": [{{"role": …, "content": …}}, …]}} '
-                            'or {"conversations": [{"from": …, "value": …}, …]}')
+                            'or {"conversations": [{"from": …, "value": …}, …]}, an object a line')
         utterances = [text.encode("utf-8", "replace").decode() for text in utterances if text]  # half a surrogate pair is no character
         if utterances:
             yield "\n".join(utterances) + "\n"
@@ -401,6 +401,7 @@ def main():
         return download.main(sys.argv[2:])
     arguments = settings_module.parser(
         TrainSettings, "python data.py prepare CONFIG [key=value …]\n       python data.py download chat|sentiment|pretrained|all")
+    arguments.description = "Make the token store of a configuration's corpus, which train.py does by itself, or fetch published files."
     arguments.add_argument("command", choices=["prepare"])
     arguments.add_argument("config")
     arguments.add_argument("override", nargs="*", default=[])

@@ -9,6 +9,7 @@
 import argparse
 import json
 import os
+import shlex
 
 import torch
 
@@ -18,11 +19,11 @@ from model import rms_norm
 from settings import ChatSettings, UserError
 from tokenizer import PAD, SEP, SPECIALS, UNK, BPETokenizer
 
-# An utterance a line, the line end is <sep>; what is to be answered is closed by one too.
 QWEN3 = {  # our names in a block: Qwen3's
     "norm1": "input_layernorm", "attention.q": "self_attn.q_proj", "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj",
     "attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm", "attention.out": "self_attn.o_proj",
     "norm2": "post_attention_layernorm", "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.out": "mlp.down_proj"}
+# An utterance a line, the line end is <sep>; what is to be answered is closed by one too.
 CHAT_TEMPLATE = ("{% for message in messages if message['role'] != 'system' %}"
                  "{{ message['content'].replace('\\r\\n', '\\n').strip('\\n').replace('\\n', ' ') + '\\n' }}{% endfor %}")
 
@@ -33,7 +34,7 @@ def export(path, target):
     target = os.path.normpath(target)
     write, reader = write_folder, "transformers' AutoModelForCausalLM and AutoTokenizer"
     if target.lower().endswith(".gguf"):
-        write, reader = write_gguf, f"llama.cpp: llama-server -m {target}"
+        write, reader = write_gguf, f"llama.cpp: llama-server -m {shlex.quote(target)}"
     if os.path.lexists(target):
         raise UserError(f"{target} exists; name a new folder, or a new file NAME.gguf")
     model, tokenizer, _ = checkpoint.load_model(path)

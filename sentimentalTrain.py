@@ -82,6 +82,7 @@ def start(processes):
     if runtime.main and not options.dry_run:
         for settings in several:
             checkpoint.make_folder(settings.checkpoint_root, f"checkpoint_root={settings.checkpoint_root}")
+            processes.claim(settings.checkpoint_root)
         if len(paths) > 1:
             checkpoint.make_folder(os.path.dirname(options.table) or ".", f"--table {options.table}")
     stopping = None if options.dry_run else rt.StopSignal(processes)  # up to here, and in a dry run, Ctrl-C just ends
@@ -94,7 +95,7 @@ def start(processes):
         if failed or not options.dry_run and (result is None or len(result["runs"]) < result["planned"]):  # stopped
             break
     if len(paths) > 1 and results and runtime.main:
-        table(paths, several, results, options.table.removesuffix(".md"))
+        table(paths, several, results, options.table.removesuffix(".md").removesuffix(".png"))
     if failed:
         raise failed
 

@@ -33,7 +33,7 @@ class Common:
     device: str = key("auto", "auto, cpu, cuda, cuda:N or mps; a device that is not there falls back to the CPU and says so")
     dtype: str = key("auto", "arithmetic of matrix products: auto is bfloat16 where the device computes it fast",
                      choices=("auto", "float32", "bfloat16", "float16"))
-    seed: int = key(1337, "seed of weights, data order, dropout and sampling", low=0, high=2**32 - 1)
+    seed: int = key(1337, "seed of weights, data order, dropout, sampling and the choice of what is held out", low=0, high=2**32 - 1)
     data_path: str | None = key(None, "corpus: .txt (an utterance a line, an empty line between dialogues) or .jsonl")
     checkpoint_root: str = key("checkpoints", "folder that checkpoints are written to")
     resume_from: str | None = key(None, "checkpoint to start from; auto: the newest in checkpoint_root (chat: the best), if there is one")
@@ -88,7 +88,7 @@ class TrainSettings(Training):
     min_freq: int = key(1, "char: rarer characters become <unk>; bpe: rarer pairs (under 2 at least) are not joined", low=1, high=2**31 - 1)
     eval_freq: int = key(500, "steps between evaluations", low=1)
     eval_steps: int | None = key(None, "batches of test_batch in an evaluation; empty: all that is held out", low=1)
-    save_freq: int = key(1000, "steps between checkpoints", low=1)
+    save_freq: int = key(1000, "steps between checkpoints; an evaluation saves one too", low=1)
     keep: int = key(2, "checkpoints kept beside the best and the last", low=0)
 
 

@@ -54,6 +54,8 @@ def train(settings, runtime, dry_run, begin):
     torch.manual_seed(settings.seed)
     model = make_model(settings, tokenizer, path, saved, runtime)
     progress, same_run = starting_point(settings, runtime, path, saved, identity)
+    if begun := progress["step"]:
+        runtime.say(f"going on from {path} at step {begun}")
     epoch = data.Epoch(documents, settings.block_size, settings.seed, progress["epoch"])
     describe(settings, runtime, model, epoch, held_out)
     if settings.patience and not len(held_out.spans):
@@ -74,6 +76,7 @@ def train(settings, runtime, dry_run, begin):
         load_optimizers(optimizers, scaler, saved)
     if runtime.main:
         checkpoint.make_folder(settings.checkpoint_root, f"checkpoint_root={settings.checkpoint_root}")
+        runtime.processes.claim(settings.checkpoint_root)
     saved_step, saved_path = progress["step"] if same_run else -1, path
     metrics = saved["metrics"] if same_run else {}
     saved = None  # gives its memory back
@@ -126,7 +129,8 @@ def train(settings, runtime, dry_run, begin):
                 else:
                     bar.write(f"step {step}, {minutes:.1f} min: nothing is held out (train_percent=1), so nothing measured")
                 replies = sample_replies(model, samples, tokenizer, runtime)
-                bar.write("\n".join(f"    {prompt}  →  {reply}" for prompt, reply in replies))
+                for prompt, reply in replies:
+                    bar.write(f"    {prompt}  →  {reply}")
                 writer.add_text("replies", "  \n".join(f"{prompt} → {reply}" for prompt, reply in replies), step)
                 writer.flush()
 
@@ -154,7 +158,9 @@ def train(settings, runtime, dry_run, begin):
             best = f", and best.pth with the best validation loss, {progress['best']:.4f}" if math.isfinite(progress["best"]) else ""
             last = "last.pth" + (" (it knows its training text better than best.pth)" if best else "")
             name = "best.pth" if progress["best"] == metrics.get("loss") or best and settings.patience else last
-            runtime.say(f"finished after {step} steps and {minutes:.1f} minutes: {settings.checkpoint_root}/last.pth{best}\n"
+            why = f" ({settings.patience} evaluations without improvement)" if share < 1 else "" if step > begun else \
+                " (all done before; to train more, raise max_steps, max_minutes or max_epoch)"
+            runtime.say(f"finished after {step} steps and {minutes:.1f} minutes{why}: {settings.checkpoint_root}/last.pth{best}\n"
                         f"talk to it: python chat.py {shlex.quote(settings.checkpoint_root)}/{name}")
             break
 
@@ -245,7 +251,7 @@ def make_model(settings, tokenizer, path, saved, runtime):
         wanted, has = getattr(config, field.name), getattr(model.config, field.name)
         if wanted != has:
             if field.name == "block_size":
-                raise UserError(f"{path} has block_size={has}, not {wanted}")
+                raise UserError(f"{path} has block_size={has}, not {wanted}: give block_size={has}")
             runtime.say(f"{field.name}={has}, as in {path}, not {wanted}")
     return model
 
@@ -349,7 +355,7 @@ def evaluate(model, held_out, tokenizer, settings, runtime):
 def sample_prompts(held_out, tokenizer, block_size):
     """The first utterances of a few held-out dialogues, as text."""
     texts = (tokenizer.decode(held_out.ids[begin:end].tolist()).split("\n") for begin, end in held_out.spans)
-    prompts = (text[0] for text in texts if len(text) > 1 and 3 <= len(text[0]) <= 20 and len(tokenizer.encode(text[0])) < block_size)
+    prompts = (text[0] for text in texts if len(text) > 1 and 3 <= len(text[0]) <= 60 and len(tokenizer.encode(text[0])) < block_size)
     return list(itertools.islice(prompts, 3))
 
 

@@ -401,6 +401,8 @@ def test_lines_to_predict_end_at_line_ends_only(tmp_path):
     (tmp_path / "in.CSV").write_text("\nreview\n好\n\n差\n", encoding="utf-8")
     assert reviews.read_unlabelled(str(tmp_path / "in.txt")) == ["好\u2028坏", "\x0b", "差"]
     assert reviews.read_unlabelled(str(tmp_path / "in.CSV")) == ["好", "", "差"]
+    with pytest.raises(UserError, match="save it as .csv"):  # its heading and labels would be classified as well
+        reviews.read_unlabelled("in.TSV")
     (tmp_path / "bare.csv").write_text("好\n差\n", encoding="utf-8")
     with pytest.raises(UserError, match="no column 'review'"):  # its first line is no heading to be left out
         reviews.read_unlabelled(str(tmp_path / "bare.csv"))

@@ -87,6 +87,28 @@ def test_resume_is_bit_identical(trained):
     assert runs.largest_difference(whole, runs.checkpoint(folder)) == 0
 
 
+def test_going_on_says_from_where_and_why_it_ends(trained):
+    _, output, folder = trained(max_steps=4)
+    assert "going on" not in output
+    _, output, _ = trained(max_steps=4, resume_from="auto")
+    assert f"going on from {folder}/cpt4.pth at step 4" in output and "finished after 4 steps" in output and "all done before" in output
+    _, output, _ = trained(max_steps=50, resume_from="auto", eval_freq=1, patience=2, lr=0.0, muon_lr=0.0)
+    assert "minutes (2 evaluations without improvement): " in output
+
+
+def test_a_second_run_in_a_folder_is_refused_as_long_as_the_first_lives(tmp_path):
+    """Each would prune and put aside what the other saves."""
+    config = runs.write_config(str(tmp_path), save_freq=5)
+    process = runs.start(config, **runs.THREAD)
+    runs.wait_for(lambda: os.path.exists(tmp_path / "checkpoints/cpt5.pth"))
+    status, output = runs.finish(runs.start(config, **runs.THREAD))
+    assert status == 2 and "error: another run is writing to checkpoint_root=" in output and process.poll() is None
+    process.kill()
+    runs.finish(process)
+    assert not [name for name in os.listdir(tmp_path / "checkpoints") if name.startswith("before")]
+    assert "going on from" in runs.run(runs.write_config(str(tmp_path), max_minutes=0, resume_from="auto"), **runs.THREAD)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(tmp_path, number):
     process = runs.start(runs.write_config(str(tmp_path), save_freq=5), **runs.THREAD)
@@ -103,7 +125,7 @@ def test_a_terminal_that_is_closed_costs_no_step_and_under_nohup_nothing_at_all(
     program, *arguments = [*(["nohup"] if ignored else []), sys.executable, os.path.join(runs.ROOT, "train.py"), config]
     terminal = pexpect.spawn(program, arguments, env=os.environ | runs.THREAD, cwd=str(tmp_path),
                              preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # the tests may run under nohup
-    runs.wait_for(lambda: os.path.exists(tmp_path / "checkpoints/cpt5.pth"))
+    runs.wait_for(lambda: os.path.exists(tmp_path / "checkpoints/last.pth"))
     before = runs.checkpoint(tmp_path / "checkpoints")["progress"]["step"]
     os.close(terminal.child_fd)  # the kernel sends SIGHUP, and what is written from now on is an error
     terminal.child_fd, terminal.closed = -1, True
