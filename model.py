@@ -623,7 +623,8 @@ def log_probability(model, contexts, replies):
     ids = pad_sequence([torch.tensor([*context, *reply]) for context, reply in pairs], batch_first=True)
     targets = pad_sequence([torch.tensor([IGNORE] * (len(context) - 1) + [*reply]) for context, reply in pairs], True, IGNORE)
     ids, targets = ids.to(model.embedding.weight.device), targets.to(model.embedding.weight.device)
-    return -F.cross_entropy(model.logits(model.hidden(ids[:, :-1])).mT, targets, reduction="none").sum(dim=1)
+    logits = model.logits(model.hidden(ids[:, :-1]))
+    return -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape).sum(dim=1)
 
 
 def most_informative(model, replies, scores, weight, opening):

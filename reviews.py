@@ -80,7 +80,7 @@ def read_reviews(path):
 
 def read_unlabelled(path):
     """The texts to be classified: a .csv's column review, else the lines."""
-    if path.lower().endswith((".tsv", ".json", ".jsonl", ".xls", ".xlsx")):
+    if path.lower().endswith((".tsv", ".json", ".jsonl")):
         raise UserError(f"{path} is no text of a review a line: save it as .csv with a column review, or as such a text")
     if not path.lower().endswith(".csv"):
         texts = [line.rstrip("\n") for line in io.StringIO(read_text(path), newline=None)]

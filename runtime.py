@@ -39,7 +39,8 @@ class Processes:
         self.rank, self.local_rank, self.world, self.local_world = (int(os.environ.get(name) or default) for name, default in (
             ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
         self.torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-        self.store, self.waits, self.claimed = None, 0, []
+        self.parent = os.getppid() if self.torchrun else None
+        self.store, self.waits, self.claimed = None, 0, {}
         if self.world == 1:  # RANK alone is another program's
             self.rank = self.local_rank = 0
         elif "MASTER_ADDR" not in os.environ:
@@ -110,18 +111,20 @@ class Processes:
 
     def claim(self, folder):
         """Keeps other programs from training into a folder as long as this one does: each would put aside and prune what the other saves.
-        The lock ends with the process, however that ends, and leaves no file. Not all file systems have such locks."""
+        The lock ends with the process, however that ends, and leaves no file. It is one machine's, and not all file systems have it."""
+        if folder in self.claimed:
+            return
         try:
-            self.claimed.append(os.open(folder, os.O_RDONLY))  # an OSError on Windows
-            import fcntl  # which has none
-            fcntl.flock(self.claimed[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.claimed[folder] = os.open(folder, os.O_RDONLY)  # an OSError on Windows, and where there is no such folder yet
+            import fcntl  # Windows has none
+            fcntl.flock(self.claimed[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another run is writing to checkpoint_root={folder}: name another folder, or wait for it or stop it")
         except OSError:
             pass
 
     def __exit__(self, kind, error, trace):
-        for place in self.claimed:
+        for place in self.claimed.values():
             os.close(place)
         if full := isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
                 "can't allocate memory" in str(error) and not isinstance(error, UserError)):
@@ -307,7 +310,7 @@ class StopSignal:
 
     def __init__(self, processes):
         self.name = None
-        self.parent = os.getppid() if processes.torchrun else None
+        self.parent = processes.parent
         for name in ("stdout", "stderr"):
             if (stream := getattr(sys, name)) is getattr(sys, f"__{name}__"):  # no notebook's
                 output = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))

@@ -45,6 +45,8 @@ def train(settings, runtime, dry_run, begin):
     rows = settings.train_batch // runtime.world  # of this process in a step
 
     # Where to go on from, the data, the model: every process does the same.
+    if runtime.main and not dry_run:
+        runtime.processes.claim(settings.checkpoint_root)
     path, saved = find_checkpoint(settings, runtime, rename=not dry_run)
     tokenizer = checkpoint.unpack(saved, path)[1] if saved else None
     settings = keep_split(settings, runtime, path, saved, tokenizer)
@@ -158,8 +160,8 @@ def train(settings, runtime, dry_run, begin):
             best = f", and best.pth with the best validation loss, {progress['best']:.4f}" if math.isfinite(progress["best"]) else ""
             last = "last.pth" + (" (it knows its training text better than best.pth)" if best else "")
             name = "best.pth" if progress["best"] == metrics.get("loss") or best and settings.patience else last
-            why = f" ({settings.patience} evaluations without improvement)" if share < 1 else "" if step > begun else \
-                " (all done before; to train more, raise max_steps, max_minutes or max_epoch)"
+            why = f" ({settings.patience} evaluations without improvement)" if share < 1 else ""
+            why += " (nothing was left to do: raise what ends a run to go on)" if step == begun else ""
             runtime.say(f"finished after {step} steps and {minutes:.1f} minutes{why}: {settings.checkpoint_root}/last.pth{best}\n"
                         f"talk to it: python chat.py {shlex.quote(settings.checkpoint_root)}/{name}")
             break

