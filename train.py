@@ -161,7 +161,7 @@ def train(settings, runtime, dry_run, begin):
             last = "last.pth" + (" (it knows its training text better than best.pth)" if best else "")
             name = "best.pth" if progress["best"] == metrics.get("loss") or best and settings.patience else last
             why = f" ({settings.patience} evaluations without improvement)" if share < 1 else ""
-            why += " (nothing was left to do: raise what ends a run to go on)" if step == begun else ""
+            why += " (nothing was left to do: raise max_steps, max_minutes or max_epoch)" if step == begun else ""
             runtime.say(f"finished after {step} steps and {minutes:.1f} minutes{why}: {settings.checkpoint_root}/last.pth{best}\n"
                         f"talk to it: python chat.py {shlex.quote(settings.checkpoint_root)}/{name}")
             break
