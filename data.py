@@ -153,12 +153,23 @@ def file_sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def split_mask(count, train_percent, seed):
-    """(count,) bool, True for the training part: one seeded shuffle, then a cut. Both parts get at least one."""
-    training = min(max(1, round(count * train_percent)), max(1, count - 1)) if train_percent < 1 else count
-    mask = np.zeros(count, dtype=bool)
-    mask[np.random.default_rng(seed).permutation(count)[:training]] = True
-    return mask
+def fingerprints(points, lengths):
+    """A number for each dialogue that its copies share and others hardly ever do, (D,) uint32: a sum over its pairs of characters."""
+    return np.add.reduceat(points * points * np.roll(points, 1), np.cumsum(lengths) - lengths, dtype=np.uint32)  # a newline before the first
+
+
+def split_mask(numbers, train_percent, seed):
+    """(D,) bool, True for the training part, of the dialogues' fingerprints (D,).
+
+    They are put in a random order, which the seed decides, and cut: copies of a dialogue are on one side, and where a corpus
+    grows or is put into another order, all but a few of those held out before stay so. Both parts get at least one, if they can.
+    """
+    keys = numbers | np.uint64(seed) << np.uint64(32)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):  # SplitMix64 (Steele et al. 2014)
+        keys = (keys ^ keys >> np.uint64(shift)) * np.uint64(factor)
+    last = max(1, round(len(keys) * train_percent)) - 1
+    mask = keys <= np.partition(keys, last)[last]
+    return keys < keys.max() if train_percent < 1 and mask.all() else mask
 
 
 def prepare(settings, tokenizer=None):
@@ -214,7 +225,7 @@ def corpus_of(settings):
     if path is None:
         raise UserError("data_path is not set; name a corpus, for example data_path=data/sample_dialogues.txt")
     # To be raised: format when ids or the split would change, for older runs then cannot go on; LAYOUT when only the files do.
-    corpus = dict(format=2, corpus=file_sha256(path), train_percent=settings.train_percent, seed=settings.seed)
+    corpus = dict(format=3, corpus=file_sha256(path), train_percent=settings.train_percent, seed=settings.seed)
     return corpus | (dict(reader="jsonl") if _is_jsonl(path) else {})
 
 
@@ -236,19 +247,19 @@ def manifest(folder):
 
 def _write_store(folder, path, settings, tokenizer, corpus):
     decoded = os.path.join(folder, "decoded")  # code points; decoding again would take as long as all the rest
-    groups = []  # lengths of the dialogues
+    groups, numbers = [], []  # lengths and fingerprints of the dialogues
     with open(decoded, "wb") as file, tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc=f"reading {path}",
                                            disable=None) as bar:
         for points, lengths in read_groups(path, bar):
             file.write(points)
             groups.append(lengths)
-    count = sum(map(len, groups))
-    if count == 0:
+            numbers.append(fingerprints(points, lengths))
+    if not groups:
         raise UserError(f"{path} holds no dialogue")
-    if count < 2 and settings.train_percent < 1:
-        raise UserError(f"{path} holds one dialogue; it takes two to train on one and measure on the other "
-                        "(an empty line separates dialogues)")
-    training = split_mask(count, settings.train_percent, settings.seed)
+    training = split_mask(np.concatenate(numbers), settings.train_percent, settings.seed)
+    if not training.any():
+        raise UserError(f"{path} holds one dialogue{' over and over' if len(training) > 1 else ''}; it takes two to train on one and "
+                        "measure on the other (an empty line separates dialogues)")
     training = np.split(training, np.cumsum([len(lengths) for lengths in groups])[:-1])
 
     def again(doing):
@@ -275,7 +286,7 @@ def _write_store(folder, path, settings, tokenizer, corpus):
     tokens = dict(train=int(sizes.sum(where=training)), val=int(sizes.sum(where=~training)))
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
     sizes = {name: os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder)}
-    content = dict(corpus, layout=LAYOUT, identity=identity(corpus, tokenizer), dialogues=count, tokens=tokens,
+    content = dict(corpus, layout=LAYOUT, identity=identity(corpus, tokenizer), dialogues=len(training), tokens=tokens,
                    dtype=np.dtype(tokenizer.dtype).name, sizes=sizes)
     with open(os.path.join(folder, "manifest.json"), "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)

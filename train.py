@@ -82,6 +82,7 @@ def train(settings, runtime, dry_run, begin):
     saved_step, saved_path = progress["step"] if same_run else -1, path
     metrics = saved["metrics"] if same_run else {}
     saved = None  # gives its memory back
+    peak = rt.peak_flops(runtime)  # here: the compiler's processes, once started, take the cores for a while
     if settings.compile:
         compile_or_say(model, runtime)
     distributed = rt.distribute(runtime, model)
@@ -102,7 +103,6 @@ def train(settings, runtime, dry_run, begin):
     learn = Recorded(learn) if record else learn
     stopping = rt.StopSignal(runtime.processes)
     writer = rt.tensorboard(runtime, settings.tensorboard_path, progress["step"])
-    peak = rt.peak_flops(runtime)
     samples = sample_prompts(held_out, tokenizer, settings.block_size)
     refused = 0
     earlier = progress["minutes"]

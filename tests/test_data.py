@@ -80,12 +80,12 @@ def test_a_store_of_jsonl_is_that_of_the_same_text(tmp_path):
 
 
 def test_jsonl_that_was_read_as_text_is_read_anew_under_its_right_name(tmp_path):
-    (tmp_path / "c.txt").write_text('{"messages": [{"role": "user", "content": "你好"}]}\n\n' * 4)
+    (tmp_path / "c.txt").write_text("".join('{"messages": [{"role": "user", "content": "%s"}]}\n\n' % text for text in ("你好", "你", "好你你")))
     stores = [data.prepare(make_settings(tmp_path / "c.txt"))]
     os.rename(tmp_path / "c.txt", tmp_path / "c.jsonl")
     stores.append(data.prepare(make_settings(tmp_path / "c.jsonl")))
     assert data.manifest(stores[0])["identity"] != data.manifest(stores[1])["identity"]
-    assert tokenizer.load(f"{stores[1]}/tokenizer.json").vocabulary == "你好"
+    assert set(tokenizer.load(f"{stores[1]}/tokenizer.json").vocabulary) == set("你好")
 
 
 def test_half_an_emoji_in_jsonl_becomes_a_question_mark(tmp_path):
@@ -121,7 +121,8 @@ def test_what_a_killed_preparation_left_goes_after_a_week(tmp_path):
     ("b.jsonl", b'{"text": 1}', "line 1"),
     ("c.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}\n{', "line 2"),
     ("d.txt", b"\n\n", "no dialogue"),
-    ("e.txt", "一句\n两句".encode(), "one dialogue"),
+    ("e.txt", "一句\n两句".encode(), "one dialogue;"),
+    ("c.txt", "一句\n两句\n\n一句\n两句\n".encode(), "one dialogue over and over"),
 ])
 def test_a_corpus_that_cannot_be_used_is_one_line_and_leaves_nothing(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
@@ -163,9 +164,40 @@ def test_the_store_holds_the_corpus_split_by_dialogue_and_its_vocabulary_is_of_t
             assert documents.ids[end - 1] == PAD
             found.append(made.decode(documents.ids[begin:end - 1].tolist()))
     corpus = list(data.read_dialogues(str(path)))
-    mask = data.split_mask(len(corpus), 0.9, settings.seed)
-    assert texts["train"] == [d for d, m in zip(corpus, mask) if m] and len(texts["val"]) == 20
+    assert sorted(texts["train"] + texts["val"]) == sorted(corpus) and len(texts["val"]) == 20
+    assert texts["train"] == [d for d in corpus if d not in texts["val"]]
     assert set(made.vocabulary) == set("".join(texts["train"])) - {"\n"}
+
+
+def held_out(path, dialogues, **more):
+    """The dialogues that are held out of a corpus of these."""
+    path.write_text("\n\n".join(dialogues))
+    store = data.prepare(make_settings(path, **more))
+    made, documents = tokenizer.load(os.path.join(store, "tokenizer.json")), data.Documents(store, "val")
+    return [made.decode(documents.ids[begin:end - 1].tolist()) for begin, end in documents.spans]
+
+
+def test_copies_of_a_dialogue_are_on_one_side_and_a_corpus_that_grows_keeps_what_it_held_out(tmp_path):
+    dialogues = [f"{i}号\n好{i * i}" for i in range(1000)]
+    first = held_out(tmp_path / "a.txt", dialogues, train_percent=0.9)
+    assert len(first) == len(set(first)) == 100
+    assert set(held_out(tmp_path / "b.txt", dialogues, train_percent=0.9, seed=1)) != set(first)
+    copied = held_out(tmp_path / "c.txt", dialogues + dialogues[:500], train_percent=0.9)
+    assert all(copied.count(text) == (dialogues + dialogues[:500]).count(text) for text in copied)
+    moved = dialogues[::-1] + [f"新{i}\n来{i}" for i in range(500)]
+    grown = held_out(tmp_path / "d.txt", moved, train_percent=0.9)
+    assert len(grown) == 150 and len(set(first) - set(grown)) + len(set(grown) & set(dialogues) - set(first)) <= 15
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=50), st.floats(0.001, 1), st.integers(0, 2**32 - 1))
+@hypothesis_settings(deadline=None)
+def test_both_parts_of_a_corpus_get_at_least_one_dialogue_and_the_training_part_its_share(numbers, share, seed):
+    mask = data.split_mask(np.array(numbers, dtype=np.uint32), share, seed)
+    if share == 1 or len(set(numbers)) == 1:
+        assert mask.all() == (share == 1) and mask.any() == (share == 1)
+    else:
+        assert mask.any() and not mask.all()
+        assert len(set(numbers)) < len(numbers) or mask.sum() == min(max(1, round(len(numbers) * share)), len(numbers) - 1)
 
 
 def test_the_store_is_made_once_and_again_when_the_corpus_changes(tmp_path):
