@@ -80,7 +80,8 @@ def test_a_store_of_jsonl_is_that_of_the_same_text(tmp_path):
 
 
 def test_jsonl_that_was_read_as_text_is_read_anew_under_its_right_name(tmp_path):
-    (tmp_path / "c.txt").write_text("".join('{"messages": [{"role": "user", "content": "%s"}]}\n\n' % text for text in ("你好", "你", "好你你")))
+    lines = [json.dumps({"messages": [{"role": "user", "content": text}]}, ensure_ascii=False) for text in ("你好", "你", "好你你")]
+    (tmp_path / "c.txt").write_text("\n\n".join(lines))
     stores = [data.prepare(make_settings(tmp_path / "c.txt"))]
     os.rename(tmp_path / "c.txt", tmp_path / "c.jsonl")
     stores.append(data.prepare(make_settings(tmp_path / "c.jsonl")))
