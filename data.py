@@ -155,7 +155,7 @@ def file_sha256(path):
 
 def fingerprints(points, lengths):
     """A number for each dialogue that its copies share and others hardly ever do, (D,) uint32: a sum over pairs of characters."""
-    return np.add.reduceat(points * points * np.roll(points, 1), np.cumsum(lengths) - lengths, dtype=np.uint32)  # a newline before the first
+    return np.add.reduceat(points * points * np.roll(points, 1), np.cumsum(lengths) - lengths, dtype=np.uint32)  # first comes a newline
 
 
 def split_mask(numbers, train_percent, seed):

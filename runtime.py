@@ -6,6 +6,7 @@ A script's work stands in `with Processes() as processes:`, and begins with `run
 import contextlib
 import dataclasses
 import errno
+import glob
 import io
 import os
 import platform
@@ -379,13 +380,16 @@ def step_bar(runtime, **options):
 
 
 def tensorboard(runtime, path, step=0):
-    """TensorBoard's Log in the main process; elsewhere, and without a path, one that writes nothing. It hides what
-    earlier runs wrote there for later steps than `step`."""
+    """TensorBoard's Log in the main process; elsewhere, and without a path, one that writes nothing. What is there of later steps
+    than `step` is hidden; where a run begins, all of it moves into a folder of its own and stays a curve."""
     if path is None or not runtime.main:
         return Log(None)
     with warnings.catch_warnings(action="ignore"):
         from torch.utils.tensorboard import SummaryWriter
+    before = os.path.join(path, time.strftime("before-%Y%m%d-%H%M%S"))
     try:
+        for name in glob.glob("events.out.tfevents.*", root_dir=path) if step == 0 else []:
+            os.renames(os.path.join(path, name), os.path.join(before, name))
         return Log(SummaryWriter(path, purge_step=step + 1))
     except OSError as error:
         raise UserError(f"tensorboard_path={path} cannot be written: {error.strerror}")

@@ -171,13 +171,15 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path):
     assert status == 130 and "leaving at once" in output and time.monotonic() - begin < 20
 
 
-def test_a_curve_holds_each_step_once_after_a_run_that_began_anew_or_from_before(trained, tmp_path):
+def test_a_curve_holds_each_step_once_and_a_run_that_begins_anew_keeps_the_one_before(trained, tmp_path):
     log = str(tmp_path / "log")
     trained(max_steps=12, save_freq=3, keep=9, tensorboard_path=log)
     trained(max_steps=11, tensorboard_path=log, resume_from=str(tmp_path / "checkpoints/cpt6.pth"))
     assert [step for step, _ in runs.losses(log)] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
     trained(max_steps=5, tensorboard_path=log)
     assert [step for step, _ in runs.losses(log)] == [1, 2, 3, 4, 5]
+    (before,) = (tmp_path / "log").glob("before-*")
+    assert [step for step, _ in runs.losses(str(before))] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
 
 
 def test_patience_stops_and_names_the_best(trained):
