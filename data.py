@@ -29,6 +29,7 @@ LAYOUT = 4  # of a token store
 BLOCK = 1 << 18  # bytes read at once; arrays of this size stay in the cache and in the heap
 IGNORE = -100  # target of a position that is not scored
 NEWLINE = ord("\n")
+UNSPOKEN = {"system", "developer", "tool", "function", "function_call", "observation"}  # roles in JSONL that are no part of a conversation
 SPACE = np.zeros(CODE_POINTS, dtype=bool)  # what str.isspace says
 SPACE[[point for point in range(0x3001) if chr(point).isspace()]] = True
 
@@ -127,12 +128,19 @@ def _jsonl_dialogues(file, path):
         try:
             entry = json.loads(line)
             turns = entry["messages"] if "messages" in entry else entry["conversations"]
-            pairs = [(turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) for turn in turns]
-            utterances = [" ".join(text.splitlines()).strip() for role, text in pairs if role != "system"]
+            said = [(turn.get("role", turn.get("from")), turn["content" if "content" in turn else "value"]) for turn in turns]
+            said = [(role, " ".join((text or "").splitlines()).strip() if role not in UNSPOKEN else "") for role, text in said]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f'{path}, line {number}: expected {{"messages": [{{"role": …, "content": …}}, …]}} '
                             'or {"conversations": [{"from": …, "value": …}, …]}, an object a line')
-        utterances = [text.encode("utf-8", "replace").decode() for text in utterances if text]  # half a surrogate pair is no character
+        utterances, before, gap = [], None, False
+        for role, text in said:
+            text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is no character
+            if text and gap and role == before:  # the other's turn is empty: still one utterance
+                utterances[-1] += " " + text
+            elif text:
+                utterances.append(text)
+            before, gap = role if text else before, not text and bool(utterances)
         if utterances:
             yield "\n".join(utterances) + "\n"
 

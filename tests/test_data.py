@@ -68,6 +68,16 @@ def test_both_forms_of_jsonl_are_read(tmp_path):
     assert list(data.read_dialogues(str(path))) == ["你 好\n嗯", "吃了吗\n吃了"]
 
 
+def test_speakers_in_jsonl_take_turns_where_turns_are_empty_or_nobody_s(tmp_path):
+    path = tmp_path / "c.jsonl"
+    turns = [("system", "快"), ("user", "在吗"), ("user", "几点了"), ("assistant", None), ("tool", '{"time": 9}'), ("assistant", "九点"),
+             ("user", " "), ("assistant", "还有事吗"), ("user", "没了")]
+    without_roles = [{"value": "好"}, {"value": "好"}]
+    path.write_text(json.dumps({"messages": [dict(role=role, content=text) for role, text in turns]}) + "\n"
+                    + json.dumps({"conversations": without_roles}))
+    assert list(data.read_dialogues(str(path))) == ["在吗\n几点了\n九点 还有事吗\n没了", "好\n好"]
+
+
 def test_a_store_of_jsonl_is_that_of_the_same_text(tmp_path):
     dialogues = [[f"第{i}句", f"好{i % 7}"] for i in range(2500)]
     (tmp_path / "c.txt").write_text("\n\n".join(map("\n".join, dialogues)))
@@ -120,6 +130,7 @@ def test_what_a_killed_preparation_left_goes_after_a_week(tmp_path):
     ("f.txt", "你好\r\n\r\n".encode() * 100_000 + b"\xff", "at byte 1000000"),
     ("g.jsonl", b'{"messages": []}\n{"\xff', "at byte 19"),
     ("b.jsonl", b'{"text": 1}', "line 1"),
+    ("b.jsonl", b'{"messages": [{"role": "user", "text": "a"}]}', "line 1"),
     ("c.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}\n{', "line 2"),
     ("d.txt", b"\n\n", "no dialogue"),
     ("e.txt", "一句\n两句".encode(), "one dialogue;"),
