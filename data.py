@@ -79,11 +79,11 @@ def _is_jsonl(path):
 
 def _read_text(file, _):
     """Blank lines are found in arrays, not line by line: a line costs as much as a hundred characters in an array."""
-    tail, rest, size, block = file.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8), code_points(""), BLOCK, b" "
+    tail, size, block = file.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8), BLOCK, b" "
     while block:
         block = file.read(size)
         text, tail = _whole_lines(tail + block, file.tell(), not block)
-        points = np.concatenate([rest, code_points(text)])
+        points = code_points(text)
         ends = np.flatnonzero(points == NEWLINE) + 1  # of lines
         begins = np.append(0, ends)[:-1]
         blank = ends - begins == 1
@@ -99,7 +99,7 @@ def _read_text(file, _):
         last = np.flatnonzero(~blank & np.append(blank[1:], True))
         if len(first):
             yield np.delete(points[:end], np.concatenate(gone)), ends[last] - begins[first]
-        rest = points[end:]
+        tail = text_of(points[end:]).encode() + tail
 
 
 def _whole_lines(raw, place, last):
@@ -163,7 +163,10 @@ def file_sha256(path):
 
 def fingerprints(points, lengths):
     """A number for each dialogue that its copies share and others hardly ever do, (D,) uint32: a sum over pairs of characters."""
-    return np.add.reduceat(points * points * np.roll(points, 1), np.cumsum(lengths) - lengths, dtype=np.uint32)  # first comes a newline
+    pairs = points * points
+    pairs[1:] *= points[:-1]  # of a dialogue's first character the newline before it
+    pairs[:1] *= NEWLINE
+    return np.add.reduceat(pairs, np.cumsum(lengths) - lengths, dtype=np.uint32)
 
 
 def split_mask(numbers, train_percent, seed):
