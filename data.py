@@ -29,7 +29,7 @@ LAYOUT = 4  # of a token store
 BLOCK = 1 << 18  # bytes read at once; arrays of this size stay in the cache and in the heap
 IGNORE = -100  # target of a position that is not scored
 NEWLINE = ord("\n")
-UNSPOKEN = {"system", "developer", "tool", "function", "function_call", "observation"}  # roles in JSONL that are no part of a conversation
+UNSPOKEN = {"system", "developer", "tool", "ipython", "function", "function_call", "observation"}  # roles in JSONL
 SPACE = np.zeros(CODE_POINTS, dtype=bool)  # what str.isspace says
 SPACE[[point for point in range(0x3001) if chr(point).isspace()]] = True
 
@@ -99,7 +99,7 @@ def _read_text(file, _):
         last = np.flatnonzero(~blank & np.append(blank[1:], True))
         if len(first):
             yield np.delete(points[:end], np.concatenate(gone)), ends[last] - begins[first]
-        tail = text_of(points[end:]).encode() + tail
+        tail = text_of(points[end:]).encode() + tail  # its line ends are \n already
 
 
 def _whole_lines(raw, place, last):
@@ -128,21 +128,28 @@ def _jsonl_dialogues(file, path):
         try:
             entry = json.loads(line)
             turns = entry["messages"] if "messages" in entry else entry["conversations"]
-            said = [(turn.get("role", turn.get("from")), turn["content" if "content" in turn else "value"]) for turn in turns]
-            said = [(role, " ".join((text or "").splitlines()).strip() if role not in UNSPOKEN else "") for role, text in said]
+            said = list(map(_turn, turns))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f'{path}, line {number}: expected {{"messages": [{{"role": …, "content": …}}, …]}} '
                             'or {"conversations": [{"from": …, "value": …}, …]}, an object a line')
         utterances, before, gap = [], None, False
         for role, text in said:
             text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is no character
-            if text and gap and role == before:  # the other's turn is empty: still one utterance
+            if text and utterances and gap and role == before:  # the other's turn is empty: still one utterance
                 utterances[-1] += " " + text
             elif text:
                 utterances.append(text)
-            before, gap = role if text else before, not text and bool(utterances)
+            before, gap = role if text else before, not text
         if utterances:
             yield "\n".join(utterances) + "\n"
+
+
+def _turn(turn):
+    """(role, its text in one line, "" where nothing is said) of a JSONL file's object."""
+    role, text = str(turn.get("role", turn.get("from"))).lower(), turn.get("content", turn.get("value"))
+    if role in UNSPOKEN or text is None and turn.keys() & {"content", "value", "tool_calls"}:
+        return role, ""
+    return role, " ".join(text.splitlines()).strip()
 
 
 def _decode(raw, place):
@@ -162,9 +169,10 @@ def file_sha256(path):
 
 
 def fingerprints(points, lengths):
-    """A number for each dialogue that its copies share and others hardly ever do, (D,) uint32: a sum over pairs of characters."""
+    """A number for each dialogue that its copies share and others hardly ever do, (D,) uint32: a sum over pairs of characters, so the same
+    utterances in another order share it too."""
     pairs = points * points
-    pairs[1:] *= points[:-1]  # of a dialogue's first character the newline before it
+    pairs[1:] *= points[:-1]  # before a dialogue's first character stands a newline
     pairs[:1] *= NEWLINE
     return np.add.reduceat(pairs, np.cumsum(lengths) - lengths, dtype=np.uint32)
 
@@ -172,15 +180,19 @@ def fingerprints(points, lengths):
 def split_mask(numbers, train_percent, seed):
     """(D,) bool, True for the training part, of the dialogues' fingerprints (D,).
 
-    They are put in a random order, which the seed decides, and cut: copies of a dialogue are on one side, and where a corpus
-    grows or is put into another order, all but a few of those held out before stay so. Both parts get at least one, if they can.
+    They are put in a random order, which the seed decides, and cut, copies of the last trained on included: so copies are on one
+    side, and where a corpus grows or is put into another order, all but a few of those held out before stay so. Both parts get at
+    least one, if they can.
     """
-    keys = numbers | np.uint64(seed) << np.uint64(32)
+    keys = numbers.astype(np.uint64) | np.uint64(seed << 32)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):  # SplitMix64 (Steele et al. 2014)
         keys = (keys ^ keys >> np.uint64(shift)) * np.uint64(factor)
     last = max(1, round(len(keys) * train_percent)) - 1
     mask = keys <= np.partition(keys, last)[last]
-    return keys < keys.max() if train_percent < 1 and mask.all() else mask
+    if train_percent == 1 or not mask.all():
+        return mask
+    below = keys < keys.max()  # copies may reach far back from the end of the order: they or the others, whichever are more
+    return max(below, below.any() & ~below, key=np.sum)
 
 
 def prepare(settings, tokenizer=None):

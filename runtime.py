@@ -116,13 +116,18 @@ class Processes:
         if folder in self.claimed:
             return
         try:
-            self.claimed[folder] = os.open(folder, os.O_RDONLY)  # an OSError on Windows, and where there is no such folder yet
+            place = os.open(folder, os.O_RDONLY)  # an OSError on Windows, and where there is no such folder yet
+        except OSError:
+            return
+        try:
             import fcntl  # Windows has none
-            fcntl.flock(self.claimed[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(place)
             raise UserError(f"another run is writing to checkpoint_root={folder}: name another folder, or wait for it or stop it")
         except OSError:
             pass
+        self.claimed[folder] = place
 
     def __exit__(self, kind, error, trace):
         for place in self.claimed.values():
@@ -388,8 +393,11 @@ def tensorboard(runtime, path, step=0):
         from torch.utils.tensorboard import SummaryWriter
     before = os.path.join(path, time.strftime("before-%Y%m%d-%H%M%S"))
     try:
-        for name in glob.glob("events.out.tfevents.*", root_dir=path) if step == 0 else []:
-            os.renames(os.path.join(path, name), os.path.join(before, name))
+        os.makedirs(path, exist_ok=True)
+        with contextlib.suppress(UserError):  # another run is writing there: it opens its file by name, which must not move
+            runtime.processes.claim(path)
+            for name in glob.glob("events.out.tfevents.*", root_dir=path) if step == 0 else []:
+                os.renames(os.path.join(path, name), os.path.join(before, name))
         return Log(SummaryWriter(path, purge_step=step + 1))
     except OSError as error:
         raise UserError(f"tensorboard_path={path} cannot be written: {error.strerror}")

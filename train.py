@@ -244,9 +244,6 @@ def make_model(settings, tokenizer, path, saved, runtime):
         return GPT(config)
     saved["config"]["dropout"] = settings.dropout
     model, _ = checkpoint.unpack(saved, path)
-    groups = [group["params"] for state in saved.get("optimizer") or [] for group in state["param_groups"]]
-    if sum(map(len, groups)) == len(list(model.parameters())):
-        model.requires_grad_(True)  # a run begun when the blocks' norms were trained as well
     if settings.tokenizer != (kind := tokenizer.state()["kind"]):
         runtime.say(f"tokenizer={kind}, as in {path}, not {settings.tokenizer}")
     for field in dataclasses.fields(GPTConfig):

@@ -3,13 +3,9 @@ import math
 import pytest
 import torch
 
-from checkpoint import describe
 from model import GPT, Classifier, GPTConfig
 from optim import BlockMuon, clip, learning_rate, make_optimizers
-from runtime import Runtime
 from settings import TrainSettings, build
-from tokenizer import CharTokenizer
-from train import load_optimizers, make_model
 
 SHAPES = [(64, 64)] * 3 + [(64, 128)] * 2 + [(128, 64)]
 
@@ -78,34 +74,6 @@ def test_muon_trains_what_a_classifier_leaves_to_be_trained(frozen):
             optimizer.step()
     moved = {name for name, parameter in classifier.named_parameters() if not parameter.equal(before[name])}
     assert moved == {name for name, parameter in classifier.named_parameters() if parameter.requires_grad}
-
-
-def test_optimizer_state_of_a_run_before_there_were_blocks_is_taken_over():
-    model = GPT(GPTConfig(vocab_size=70, arch="modern", n_layer=1, n_embd=64, block_size=16))
-    settings = build(TrainSettings, dict(optimizer="muon"))
-    ids = torch.arange(3, 19)[None]
-    muon, _ = make_optimizers(model, settings, torch.float32)
-    model(ids, ids).backward()
-    muon.step()
-    state = muon.state_dict()
-    del state["param_groups"][0]["blocks"]
-    muon, _ = make_optimizers(model, settings, torch.float32)
-    load_optimizers([muon], None, dict(optimizer=[state]))
-    assert muon.state[muon.param_groups[0]["params"][-1]]["momentum_buffer"].any()
-    muon.step()
-
-
-@pytest.mark.parametrize("all_trained", [True, False])
-def test_a_run_goes_on_training_the_norms_if_it_did(all_trained):
-    settings = build(TrainSettings, dict(arch="modern", n_layer=1, n_head=1, n_embd=64, block_size=16))
-    model, tokenizer = GPT(GPTConfig.of(settings, 5)), CharTokenizer("ab")
-    if all_trained:
-        model.requires_grad_()
-    optimizers = make_optimizers(model, settings, torch.float32)
-    saved = describe(model, tokenizer) | dict(optimizer=[optimizer.state_dict() for optimizer in optimizers])
-    again = make_model(settings, tokenizer, "cpt.pth", saved, Runtime(torch.device("cpu"), torch.float32, None))
-    assert again.blocks[0].norm1.weight.requires_grad == all_trained
-    load_optimizers(make_optimizers(again, settings, torch.float32), None, saved)
 
 
 def test_clipping_scales_large_gradients_and_leaves_others_untouched():

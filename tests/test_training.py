@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import runs
+import runtime as rt
 import settings as settings_module
 import train
 
@@ -180,6 +181,19 @@ def test_a_curve_holds_each_step_once_and_a_run_that_begins_anew_keeps_the_one_b
     assert [step for step, _ in runs.losses(log)] == [1, 2, 3, 4, 5]
     (before,) = (tmp_path / "log").glob("before-*")
     assert [step for step, _ in runs.losses(str(before))] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+
+
+def test_curves_move_only_when_nobody_writes_them_any_more(tmp_path):
+    def begin():
+        processes = rt.Processes()
+        rt.tensorboard(rt.Runtime(torch.device("cpu"), torch.float32, processes), str(tmp_path)).close()
+        return processes
+
+    with begin():
+        begin().__exit__(None, None, None)
+        assert len(os.listdir(tmp_path)) == 2 and not [*tmp_path.glob("before-*")]
+    begin().__exit__(None, None, None)
+    assert len([*tmp_path.glob("before-*/*")]) == 2
 
 
 def test_patience_stops_and_names_the_best(trained):
