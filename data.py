@@ -23,7 +23,7 @@ from tqdm import tqdm
 import settings as settings_module
 import tokenizer as tokenizer_module
 from settings import TrainSettings, UserError
-from tokenizer import CODE_POINTS, PAD, SEP, code_points, text_of
+from tokenizer import CODE_POINTS, PAD, SEP, UNK, code_points, text_of
 
 LAYOUT = 4  # of a token store
 BLOCK = 1 << 18  # bytes read at once; arrays of this size stay in the cache and in the heap
@@ -66,9 +66,15 @@ def corpus_errors(path):
                         "between dialogues (data/sample_dialogues.txt is one), or fetch one: python data.py download chat")
     except UnicodeDecodeError as error:
         with open(path, "rb") as file:
-            likely = "UTF-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "GB18030"
-        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); "
-                        f"convert it: iconv -f {likely} -t UTF-8 {shlex.quote(path)} > utf8{os.path.splitext(path)[1]}")
+            head = file.read(min(max(4, error.start), BLOCK))
+        if head.startswith(b"PK"):
+            raise UserError(f"{path} is a zip archive, or an Excel or Word file: save it as text in UTF-8")
+        options = "-f UTF-16" if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "-f GB18030"
+        if max(head[:error.start], default=0) >= 0xE0:  # Chinese characters in UTF-8, as far as that
+            options = "-c -f UTF-8"
+        raise UserError(f"{path} is {'damaged' if '-c' in options else 'not UTF-8'} ({error.reason} at byte {error.start}); "
+                        f"{'leave such bytes out' if '-c' in options else 'convert it'}: "
+                        f"iconv {options} -t UTF-8 {shlex.quote(path)} > utf8{os.path.splitext(path)[1]}")
     except OSError as error:
         raise UserError(f"data_path={path} cannot be read: {error.strerror}")
 
@@ -129,9 +135,11 @@ def _jsonl_dialogues(file, path):
             entry = json.loads(line)
             turns = entry["messages"] if "messages" in entry else entry["conversations"]
             said = list(map(_turn, turns))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number} is not JSON: {error.msg} at column {error.colno}")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f'{path}, line {number}: expected {{"messages": [{{"role": …, "content": …}}, …]}} '
-                            'or {"conversations": [{"from": …, "value": …}, …]}, an object a line')
+                            'or {"conversations": [{"from": …, "value": …}, …]}, an object a line, each text a string')
         utterances, before, gap = [], None, False
         for role, text in said:
             text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is no character
@@ -195,10 +203,11 @@ def split_mask(numbers, train_percent, seed):
     return max(below, below.any() & ~below, key=np.sum)
 
 
-def prepare(settings, tokenizer=None):
+def prepare(settings, tokenizer=None, grow=False):
     """The token store of `settings.data_path`, made if it is not there: its folder in .cache beside the corpus.
 
-    `tokenizer` is one to use; without it settings.tokenizer names one or the kind to train on the training part.
+    `tokenizer` is one to use; without it settings.tokenizer names one or the kind to train on the training part. If it may `grow`,
+    one of characters takes in those of the training part that it has not: the store holds the one that was used.
     """
     path, corpus = settings.data_path, corpus_of(settings)
     if tokenizer is None and settings.tokenizer.endswith(".pth"):
@@ -206,12 +215,16 @@ def prepare(settings, tokenizer=None):
         _, tokenizer = checkpoint.unpack(checkpoint.read(settings.tokenizer, path), settings.tokenizer)
     elif tokenizer is None and settings.tokenizer not in ("char", "bpe"):
         tokenizer = tokenizer_module.load(settings.tokenizer)
-    trained = corpus | dict(layout=LAYOUT, tokenizer=settings.tokenizer, vocab_size=settings.vocab_size, min_freq=settings.min_freq)
+    grow = grow and isinstance(tokenizer, tokenizer_module.CharTokenizer)
+    trained = corpus | dict(layout=LAYOUT, tokenizer=tokenizer.state() if grow else settings.tokenizer, vocab_size=settings.vocab_size,
+                            min_freq=settings.min_freq)
     cache = os.path.join(os.path.dirname(path) or ".", ".cache")
     name = os.path.splitext(os.path.basename(path))[0][:50]
     folder = os.path.join(cache, f"{name}-{_digest(trained)}")
-    if tokenizer is not None and (manifest(folder) or {}).get("identity") != identity(corpus, tokenizer):
-        folder = os.path.join(cache, f"{name}-{identity(corpus, tokenizer)}")  # a tokenizer that this corpus would not make
+    if tokenizer is not None and not grow:
+        wanted = identity(corpus, tokenizer)
+        stores = filter(manifest, glob.glob(glob.escape(os.path.join(cache, name)) + "-*"))
+        folder = next((store for store in stores if manifest(store)["identity"] == wanted), os.path.join(cache, f"{name}-{wanted}"))
     if manifest(folder):
         return folder
     try:
@@ -224,7 +237,7 @@ def prepare(settings, tokenizer=None):
     except OSError as error:
         raise UserError(f"{cache} cannot be written ({error.strerror}); the token store of {path} goes there")
     try:
-        _write_store(work, path, settings, tokenizer, corpus)
+        _write_store(work, path, settings, tokenizer, grow, corpus)
         if os.path.isdir(folder) and not manifest(folder):  # some of it was deleted
             shutil.rmtree(folder, ignore_errors=True)
         os.rename(work, folder)  # atomic: a store is whole or not there
@@ -268,7 +281,7 @@ def manifest(folder):
         return None
 
 
-def _write_store(folder, path, settings, tokenizer, corpus):
+def _write_store(folder, path, settings, tokenizer, grow, corpus):
     decoded = os.path.join(folder, "decoded")  # code points; decoding again would take as long as all the rest
     groups, numbers = [], []  # lengths and fingerprints of the dialogues
     with open(decoded, "wb") as file, tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc=f"reading {path}",
@@ -282,7 +295,7 @@ def _write_store(folder, path, settings, tokenizer, corpus):
     training = split_mask(np.concatenate(numbers), settings.train_percent, settings.seed)
     if not training.any():
         raise UserError(f"{path} holds one dialogue{' over and over' if len(training) > 1 else ''}; it takes two to train on one and "
-                        "measure on the other (an empty line separates dialogues)")
+                        "measure on the other (an empty line separates dialogues; JSONL should be named .jsonl)")
     training = np.split(training, np.cumsum([len(lengths) for lengths in groups])[:-1])
 
     def again(doing):
@@ -290,18 +303,22 @@ def _write_store(folder, path, settings, tokenizer, corpus):
             for lengths, mask in tqdm(zip(groups, training), total=len(groups), desc=doing, disable=None):
                 yield np.fromfile(file, np.uint32, lengths.sum()), lengths, mask
 
-    if tokenizer is None:
+    if tokenizer is None or grow:
         texts = (points[np.repeat(mask, lengths)] for points, lengths, mask in again("making the vocabulary"))
-        tokenizer = tokenizer_module.train(settings.tokenizer, texts, settings.vocab_size, settings.min_freq)
+        known, kind = tokenizer, "char" if grow else settings.tokenizer
+        tokenizer = tokenizer_module.train(kind, texts, settings.vocab_size, settings.min_freq)
         if tokenizer.size == len(tokenizer_module.SPECIALS):
             raise UserError(f"min_freq={settings.min_freq} and vocab_size={settings.vocab_size} leave no character of {path}: "
                             "lower the one (1 takes all), raise the other (empty: no limit)")
-    sizes = []
+        tokenizer = known.grown(tokenizer, settings.vocab_size) if grow else tokenizer
+    sizes, unknown, separators = [], 0, 0
     with open(os.path.join(folder, "ids.bin"), "wb") as file:
         for points, lengths, _ in again("encoding"):
             ids, size = tokenizer.encode_dialogues(points, lengths)
             file.write(ids)
             sizes.append(size)
+            unknown += np.count_nonzero(ids == UNK)
+            separators += np.count_nonzero(ids == SEP)
     os.remove(decoded)
     sizes, training = np.concatenate(sizes), np.concatenate(training)
     np.save(os.path.join(folder, "offsets.npy"), np.append(0, np.cumsum(sizes)))
@@ -309,7 +326,8 @@ def _write_store(folder, path, settings, tokenizer, corpus):
     tokens = dict(train=int(sizes.sum(where=training)), val=int(sizes.sum(where=~training)))
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
     sizes = {name: os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder)}
-    content = dict(corpus, layout=LAYOUT, identity=identity(corpus, tokenizer), dialogues=len(training), tokens=tokens,
+    content = dict(corpus, layout=LAYOUT, identity=identity(corpus, tokenizer), tokens=tokens, unknown=int(unknown),
+                   dialogues=len(training), utterances=int(separators) + len(training),
                    dtype=np.dtype(tokenizer.dtype).name, sizes=sizes)
     with open(os.path.join(folder, "manifest.json"), "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)

@@ -111,6 +111,12 @@ class CharTokenizer(Tokenizer):
         order = order[:None if vocab_size is None else vocab_size - len(SPECIALS)]
         return cls(text_of(order.astype(np.uint32)))
 
+    def grown(self, other, vocab_size=None):
+        """This one with the other's characters that it has not, behind its own, up to `vocab_size` ids in all."""
+        known = set(self.vocabulary)
+        new = [character for character in other.vocabulary if character not in known]
+        return CharTokenizer(self.vocabulary + "".join(new[:None if vocab_size is None else max(0, vocab_size - self.size)]))
+
     def encode(self, text):
         """(len(text),) ids; characters outside the vocabulary are `<unk>`."""
         return self.table.take(code_points(text), mode="clip")

@@ -16,7 +16,7 @@ import data
 import runtime as rt
 import settings as settings_module
 import tokenizer as tokenizer_module
-from model import GPT, GPTConfig, Recorded, Sampling, generate
+from model import GPT, GPTConfig, Recorded, Sampling, extended, generate
 from optim import learning_rate, make_optimizers, set_learning_rate, share_done, update
 from settings import TrainSettings, UserError
 
@@ -50,16 +50,18 @@ def train(settings, runtime, dry_run, begin):
     path, saved = find_checkpoint(settings, runtime, rename=not dry_run)
     tokenizer = checkpoint.unpack(saved, path)[1] if saved else None
     settings = keep_split(settings, runtime, path, saved, tokenizer)
-    store = runtime.processes.once(lambda: data.prepare(settings, tokenizer))  # the others wait
-    tokenizer = tokenizer or tokenizer_module.load(os.path.join(store, "tokenizer.json"))
-    documents, held_out, identity = data.Documents(store, "train"), data.Documents(store, "val"), data.manifest(store)["identity"]
+    before = saved and saved["progress"].get("store")  # a classifier's has none, nor has the original's
+    identity = before and runtime.processes.once(lambda: data.identity(data.corpus_of(settings), tokenizer))
+    store = runtime.processes.once(lambda: data.prepare(settings, tokenizer, grow=identity != before))  # the others wait
+    tokenizer = tokenizer_module.load(os.path.join(store, "tokenizer.json"))
+    documents, held_out, made = data.Documents(store, "train"), data.Documents(store, "val"), data.manifest(store)
     torch.manual_seed(settings.seed)
     model = make_model(settings, tokenizer, path, saved, runtime)
-    progress, same_run = starting_point(settings, runtime, path, saved, identity)
+    progress, same_run = starting_point(settings, runtime, path, saved, made["identity"])
     if begun := progress["step"]:
         runtime.say(f"going on from {path} at step {begun}")
     epoch = data.Epoch(documents, settings.block_size, settings.seed, progress["epoch"])
-    describe(settings, runtime, model, epoch, held_out)
+    describe(settings, runtime, model, epoch, held_out, made)
     if settings.patience and not len(held_out.spans):
         runtime.say(f"patience={settings.patience} is not used: nothing is held out")
     if dry_run:
@@ -243,7 +245,10 @@ def make_model(settings, tokenizer, path, saved, runtime):
     if saved is None:
         return GPT(config)
     saved["config"]["dropout"] = settings.dropout
-    model, _ = checkpoint.unpack(saved, path)
+    model, old = checkpoint.unpack(saved, path)
+    if tokenizer.size > old.size:
+        runtime.say(f"{tokenizer.size - old.size} characters of {settings.data_path} join the vocabulary of {path}")
+        model = extended(model, tokenizer.size - old.size, settings.dropout, like=tokenizer_module.UNK)
     if settings.tokenizer != (kind := tokenizer.state()["kind"]):
         runtime.say(f"tokenizer={kind}, as in {path}, not {settings.tokenizer}")
     for field in dataclasses.fields(GPTConfig):
@@ -373,8 +378,8 @@ def sample_replies(model, prompts, tokenizer, runtime):
     return [(prompt, tokenizer.decode(i for i in reply if i > tokenizer_module.PAD)) for prompt, reply in zip(prompts, replies)]
 
 
-def describe(settings, runtime, model, epoch, held_out):
-    """What is about to be trained, on what."""
+def describe(settings, runtime, model, epoch, held_out, made):
+    """What is about to be trained, on what. `made`: of the token store's manifest."""
     positions = epoch.positions[-1]
     steps = -(-len(epoch) // settings.train_batch)
     parameters = model.count_parameters()
@@ -392,12 +397,16 @@ def describe(settings, runtime, model, epoch, held_out):
                         f"threads: {torch.get_num_threads()}"),
             ("model", f"{config.arch}, {parameters / 1e6:.2f}M parameters, vocabulary {config.vocab_size}"),
             ("data", f"{len(epoch.documents.spans)} dialogues, {positions:,} tokens an epoch in {len(epoch)} rows "
-                     f"({epoch.filling:.2%} filling), {steps} steps; {len(held_out.spans)} dialogues held out"),
+                     f"({epoch.filling:.2%} filling), {steps} steps; {len(held_out.spans)} dialogues held out"
+                     + (f"; {made['unknown'] / sum(made['tokens'].values()):.2%} of all tokens <unk>" if made["unknown"] else "")),
             ("memory", f"about {parameters * (8 + state) / 2**30:.2f} GiB of weights, gradients and optimizer, and at most "
                        f"{activations / 2**30:.2f} GiB of activations"),
             ("work", f"{model.flops_per_token() / 1e6:.1f} MFLOP a token, "
                      f"{model.flops_per_token() * positions / 1e12:.1f} TFLOP an epoch")):
         runtime.say(f"{name:<9} {text}")
+    if made["utterances"] < 1.5 * made["dialogues"]:
+        runtime.say(f"most dialogues of {settings.data_path} are of one utterance, which teaches no reply: an empty line should stand "
+                    "between dialogues, not between their utterances")
 
 
 if __name__ == "__main__":

@@ -210,7 +210,7 @@ def test_both_parts_of_a_corpus_get_at_least_one_dialogue_and_the_training_part_
     if share == 1 or len(set(numbers)) == 1:
         assert mask.all() == (share == 1) and mask.any() == (share == 1)
     else:
-        assert mask.any() and not mask.all() and (mask.sum() >= len(numbers) / 2 or share < 0.5)
+        assert mask.any() and not mask.all() and mask.sum() >= min(round(len(numbers) * share), len(numbers) / 2)
         assert len(set(numbers)) < len(numbers) or mask.sum() == min(max(1, round(len(numbers) * share)), len(numbers) - 1)
 
 

@@ -315,6 +315,22 @@ def test_going_on_with_another_corpus_is_a_new_run_with_the_old_weights(trained,
     assert status == 0 and "is not what" in output and {int(one["step"]) for one in state.values()} == {3}
 
 
+def test_a_run_that_goes_on_with_more_text_takes_in_its_new_characters(trained, tmp_path):
+    _, _, folder = trained(max_steps=3)
+    before = runs.checkpoint(folder)
+    more = (tmp_path / "corpus.txt").read_text() + "龘靐\n龘\n\n靐\n龘龘\n\n" * 20 + "\n\n".join(f"龘{i}\n靐{i}" for i in range(20))
+    (tmp_path / "more.txt").write_text(more)
+    status, output, _ = trained(data_path=str(tmp_path / "more.txt"), max_steps=1, lr=0.0, muon_lr=0.0, resume_from="auto")
+    after, known = runs.checkpoint(folder), before["tokenizer"]["characters"]
+    assert status == 0 and re.search(r"\d+ characters of .*more.txt join the vocabulary of", output) and "<unk>" not in output
+    assert after["tokenizer"]["characters"].startswith(known) and {*"龘靐123"} <= {*after["tokenizer"]["characters"]}
+    for name, tensor in before["model"].items():
+        assert after["model"][name][:3 + len(known)].equal(tensor[:3 + len(known)])
+    status, output, _ = trained(data_path=str(tmp_path / "more.txt"), max_steps=4, resume_from="auto")
+    assert status == 0 and "going on from" in output and "join" not in output
+    assert runs.checkpoint(folder)["progress"]["step"] == 4 and len([*tmp_path.glob(".cache/more-*")]) == 1
+
+
 def test_going_on_keeps_the_dialogues_that_are_held_out(trained):
     _, _, folder = trained(max_steps=4)
     first = runs.checkpoint(folder)
