@@ -203,6 +203,8 @@ def pipe(conversation):
     sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")
     for line in sys.stdin:
         text = line.strip()
+        if "\ufffd" in text:
+            conversation.notice("(a line that is not UTF-8: what cannot be read is unknown to the model)")
         if text == "exit":
             return
         if text in ("", "flush"):
@@ -234,10 +236,12 @@ def terminal(conversation, path):
             continue
         except EOFError:
             return
+        if text.startswith("／"):  # as a Chinese input method types it
+            text = "/" + text[1:]
         try:
-            if text == "exit":
+            if text in ("exit", "/exit"):
                 return
-            if text == "flush":
+            if text in ("flush", "/flush"):
                 conversation.flush()
                 conversation.notice("(forgotten)")
             elif text.startswith("/"):

@@ -147,7 +147,7 @@ def load(path):
     except IsADirectoryError:
         raise UserError(f"{path} is a folder; name a file in it, {os.path.join(path, 'best.pth')} say")
     except pickle.UnpicklingError:
-        raise Damaged(f"{path} is refused: it is damaged, or it would run code of its own on loading")
+        raise Damaged(f"{path} is refused: it is no checkpoint, or damaged, or would run code of its own on loading")
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError, struct.error) as error:
         passing = isinstance(error, OSError) and error.errno != errno.EINVAL or "allocate memory" in str(error)  # EINVAL: a cut file
         reason = f"{path} cannot be read: " if passing else f"{path} is no checkpoint, or damaged: {type(error).__name__}, "

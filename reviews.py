@@ -1,5 +1,6 @@
 """Labelled reviews to batches: reading, splitting, encoding, and measuring what a classifier says of them."""
 
+import codecs
 import csv
 import io
 import json
@@ -17,7 +18,8 @@ MOST_CLASSES = 100  # more different labels than that are no classes
 # Reading
 
 def read_text(path, advice=""):
-    """The text of a file in UTF-8, with or without BOM, or GB18030; `-` is standard input. `advice` is for a file that is not there."""
+    """The text of a file in UTF-8, with or without BOM, GB18030, or UTF-16 with BOM; `-` is standard input. `advice` is for a file that
+    is not there."""
     try:
         if path == "-":
             content = sys.stdin.buffer.read()
@@ -28,19 +30,25 @@ def read_text(path, advice=""):
         raise UserError(f"{path or 'a file without a name'} does not exist{advice}")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}")
+    if content.startswith(b"PK\3\4"):
+        raise UserError(f"{path} is an Excel workbook, or another zip archive: save it as CSV in UTF-8")
     places = []
-    for encoding in ("utf-8-sig", "gb18030"):
+    for encoding in ["utf-16"] if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else ["utf-8-sig", "gb18030"]:
         try:
             return content.decode(encoding)
         except UnicodeDecodeError as error:
             places.append(error.start)
-    raise UserError(f"{path} is neither UTF-8 (byte {places[0]}) nor GB18030 (byte {places[1]}); save it as UTF-8")
+    raise UserError(f"{path} is neither UTF-8 (byte {places[0]}) nor GB18030 (byte {places[-1]}); save it as UTF-8")
 
 
 def read_table(path, columns, advice=""):
-    """The rows of a CSV file, of each the cells in these columns, which its first line names; what a short row lacks is empty."""
+    """The rows of a CSV file, of each the cells in these columns, which its first line names; what a short row lacks is empty.
+
+    What stands between cells is the comma, semicolon or tab that the first line has most of."""
     csv.field_size_limit(1 << 30)
-    reader = csv.reader(io.StringIO(read_text(path, advice), newline=""), strict=True, skipinitialspace=True)
+    text = read_text(path, advice)
+    delimiter = max(",;\t", key=text.lstrip().partition("\n")[0].count)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True, delimiter=delimiter)
     names, rows = [], []
     try:
         for row in reader:
@@ -55,7 +63,8 @@ def read_table(path, columns, advice=""):
             else:
                 rows.append([row[place].strip() if place < len(row) else "" for place in map(names.index, columns)])
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}")
+        advice = '; a quotation mark " is not closed' if "unexpected end" in str(error) else ""
+        raise UserError(f"{path}, line {reader.line_num}: {error}{advice}")
     if not names:
         raise UserError(f"{path} is empty; its first line should name the columns, label,review say")
     return rows
@@ -80,9 +89,9 @@ def read_reviews(path):
 
 def read_unlabelled(path):
     """The texts to be classified: a .csv's column review, else the lines."""
-    if path.lower().endswith((".tsv", ".json", ".jsonl")):
+    if path.lower().endswith((".json", ".jsonl")):
         raise UserError(f"{path} is no text of a review a line: save it as .csv with a column review, or as such a text")
-    if not path.lower().endswith(".csv"):
+    if not path.lower().endswith((".csv", ".tsv")):
         texts = [line.rstrip("\n") for line in io.StringIO(read_text(path), newline=None)]
     else:
         texts = [text for text, in read_table(path, ("review",))]

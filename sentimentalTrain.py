@@ -25,7 +25,7 @@ from model import Classifier, extended
 from ngrams import Ngrams
 from optim import learning_rate, make_optimizers, set_learning_rate, share_done, update
 from settings import SentimentSettings, UserError
-from tokenizer import SEP
+from tokenizer import SEP, UNK
 
 NEW = 2  # tokens after the vocabulary: <start> and <extract>
 PART = 4096  # reviews that are predicted and printed together
@@ -46,7 +46,7 @@ def start(processes):
     parser.add_argument("--table", metavar="PATH", default="checkpoints/ablation",
                         help="where the table of several configurations goes, as PATH.md and PATH.png (default: %(default)s)")
     given = parser.add_mutually_exclusive_group()
-    given.add_argument("--predict", metavar="FILE", help="label and probability of each review: the column review of a .csv, "
+    given.add_argument("--predict", metavar="FILE", help="label and probability of each review: the column review of a .csv or .tsv, "
                         "else each line; - is standard input")
     given.add_argument("--predict-text", metavar="TEXT", help="label and probability of this one review")
     options = parser.parse_intermixed_args()
@@ -112,6 +112,8 @@ def check(settings, roots):
         if re.fullmatch(r"\.|seed\d+(-(split|fold)\d+)?", os.path.relpath(os.path.realpath(folder), root)):
             raise UserError(f"base_model={settings.base_model} lies in checkpoint_root: a classifier would take its place, "
                             "and the next run start from that; name another checkpoint_root")
+    if (settings.data_path or "").endswith(".csv"):
+        raise UserError(f"data_path={settings.data_path} would be a corpus of dialogues; reviews are named by sentimental_data_path")
     texts, labels, names, _ = reviews.read_reviews(settings.sentimental_data_path)
     for _, _, training, *_ in reviews.splits(texts, labels, names, settings):
         if len(training) < settings.train_batch:
@@ -135,7 +137,7 @@ def experiment(settings, runtime, stopping, dry_run):
     runtime.say(f"settings  {', '.join(f'{k}={v}' for k, v in dataclasses.asdict(settings).items())}\n"
                 f"machine   {runtime.device}, {str(runtime.dtype).removeprefix('torch.')}, processes: {runtime.world}")
     classes = ", ".join(f"{name}: {count}" for name, count in zip(names, np.bincount(labels)))
-    runtime.say(f"reviews   {len(texts)} of {len(names)} classes ({classes})")
+    runtime.say(f"reviews   {settings.sentimental_data_path}: {len(texts)} of {len(names)} classes ({classes})")
     plans = list(reviews.splits(texts, labels, names, settings))
     root, several, results, failed = settings.checkpoint_root, len(plans) > 1, [], None
     for title, seed, *parts in plans:
@@ -186,7 +188,7 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
     sort_by = lengths if settings.use_mask else np.zeros_like(lengths)  # what batches are made by
     order = reviews.by_length(training, sort_by, settings.train_batch, np.random.default_rng([seed, 0]))
     filling = 1 - lengths[training].sum() / sum(reviews.pad([rows[i] for i in batch], unit)[0].size for batch in order)
-    describe_run(runtime, classifier, trained, parts, lengths, filling)
+    describe_run(runtime, classifier, trained, parts, lengths, filling, np.mean(np.concatenate(uncut) == UNK))
     if dry_run:
         return None
     if runtime.main:
@@ -364,8 +366,8 @@ def count_pieces(settings, runtime):
     return -(-max(2, -(-settings.train_batch // rows)) // runtime.world) * runtime.world
 
 
-def describe_run(runtime, classifier, trained, parts, lengths, filling):
-    """What is about to be trained, on what."""
+def describe_run(runtime, classifier, trained, parts, lengths, filling, unknown):
+    """What is about to be trained, on what. `filling`, `unknown`: shares of all tokens."""
     training, validation, test = parts
     parameters = classifier.gpt.count_parameters()
     config, tokens = classifier.gpt.config, int(lengths[training].sum())
@@ -374,7 +376,8 @@ def describe_run(runtime, classifier, trained, parts, lengths, filling):
             ("model", f"{config.arch}, {config.n_layer} layers, {config.n_embd} wide, {parameters / 1e6:.2f}M parameters, "
                       f"{trained / 1e6:.2f}M of them trained"),
             ("data", f"{len(training)} reviews to train on ({tokens:,} tokens, {filling:.2%} filling), "
-                     f"{len(validation)} to choose the epoch, {len(test)} to test"),
+                     f"{len(validation)} to choose the epoch, {len(test)} to test"
+                     + (f"; {unknown:.2%} of all tokens <unk>" if unknown else "")),
             ("memory", f"about {(4 * parameters + 12 * trained) / 2**30:.2f} GiB of weights, gradients and optimizer"),
             ("work", f"{work * tokens / (1 - filling) / 1e12:.1f} TFLOP an epoch")):
         runtime.say(f"{name:<9} {text}")

@@ -159,7 +159,7 @@ def test_every_command_does_what_help_says(path, tmp_path):
         assert terminal.say("flush") == "(forgotten)"
         assert "context 0/128" in terminal.text.rstrip().splitlines()[-1]
         assert "4 utterances read" in terminal.say("/load a b.JSONL")
-        assert terminal.say("/undo") == "(turns left: 1)"
+        assert terminal.say("／undo") == "(turns left: 1)"
         assert terminal.say("/retry") == greedy
         assert terminal.say("/set best_of 4") == "best_of=4"
         assert terminal.say("吃饭")

@@ -418,8 +418,10 @@ def test_lines_to_predict_end_at_line_ends_only(tmp_path):
     (tmp_path / "in.CSV").write_text("\nreview\n好\n\n差\n", encoding="utf-8")
     assert reviews.read_unlabelled(str(tmp_path / "in.txt")) == ["好\u2028坏", "\x0b", "差"]
     assert reviews.read_unlabelled(str(tmp_path / "in.CSV")) == ["好", "", "差"]
-    with pytest.raises(UserError, match="save it as .csv"):  # its heading and labels would be classified as well
-        reviews.read_unlabelled("in.TSV")
+    (tmp_path / "in.TSV").write_text("label\treview\n1\t好, 很好\n", encoding="utf-8")
+    assert reviews.read_unlabelled(str(tmp_path / "in.TSV")) == ["好, 很好"]
+    with pytest.raises(UserError, match="save it as .csv"):  # its names and brackets would be classified as well
+        reviews.read_unlabelled("in.jsonl")
     (tmp_path / "bare.csv").write_text("好\n差\n", encoding="utf-8")
     with pytest.raises(UserError, match="no column 'review'"):  # its first line is no heading to be left out
         reviews.read_unlabelled(str(tmp_path / "bare.csv"))
@@ -530,6 +532,18 @@ def test_reviews_are_read_in_utf8_with_or_without_mark_and_in_gb18030(encoding, 
     assert texts[0].startswith("第0次住")
 
 
+def test_a_corpus_key_that_names_reviews_is_refused(config, monkeypatch):
+    with pytest.raises(UserError, match="data_path=mine.csv .*reviews are named by sentimental_data_path"):
+        run(monkeypatch, config, "data_path=mine.csv")
+
+
+@pytest.mark.parametrize("delimiter, encoding", [(";", "utf-8-sig"), ("\t", "utf-16")])
+def test_tables_as_other_programs_write_them_are_read(tmp_path, delimiter, encoding):
+    lines = [("Label", "review"), ("1", "好，很好, 真的"), ("0", '"坏; 很坏"')]
+    (tmp_path / "a.csv").write_text("\r\n".join(map(delimiter.join, lines)), encoding=encoding)
+    assert reviews.read_reviews(str(tmp_path / "a.csv"))[0] == ["好，很好, 真的", "坏; 很坏"]
+
+
 def test_a_space_before_a_quote_is_none_of_the_text(tmp_path):
     (tmp_path / "a.csv").write_text('label, review\n1, "好, 很好"\n0, 坏\n', encoding="utf-8")
     assert reviews.read_reviews(str(tmp_path / "a.csv"))[0] == ["好, 很好", "坏"]
@@ -554,9 +568,10 @@ def test_predicting_says_what_is_missing_and_takes_a_run_s_folder(config, tmp_pa
     ("label,review\n" + "".join(f"{i % 2},好{i}\n" for i in range(9)), "train_batch=8 is more than the"),
     (b"label,review\n1,\xff\xff\xff\n", r"neither UTF-8 \(byte 15\) nor GB18030 \(byte 15\)"),
     ("label,review\n1,good room, bad food\n0,坏\n", "line 2: more fields"),
-    ("label\treview\n1\tgood room, bad food\n0\t坏\n", "no column 'label'.*with commas between"),
+    ("label|review\n1|good room, bad food\n0|坏\n", "no column 'label'.*with commas between"),
+    (b"PK\3\4xl", "is an Excel workbook"),
     ('label,review\n1,"好\n0,"坏"\n', "line 3: ',' expected"),
-    ('label,review\n0,坏\n1,"好\n', "line 3: unexpected end"),
+    ('label,review\n0,坏\n1,"好\n', 'line 3: unexpected end of data; a quotation mark " is not closed'),
 ])
 def test_reviews_that_are_no_good_end_in_one_line_that_says_so(content, says, config, tmp_path, monkeypatch):
     path = tmp_path / "bad.csv"
