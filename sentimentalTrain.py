@@ -377,7 +377,7 @@ def describe_run(runtime, classifier, trained, parts, lengths, filling, unknown)
                       f"{trained / 1e6:.2f}M of them trained"),
             ("data", f"{len(training)} reviews to train on ({tokens:,} tokens, {filling:.2%} filling), "
                      f"{len(validation)} to choose the epoch, {len(test)} to test"
-                     + (f"; {unknown:.2%} of all tokens <unk>" if unknown else "")),
+                     + (f"; {unknown:.2%} of all tokens <unk>" if unknown > 1e-4 else "")),
             ("memory", f"about {(4 * parameters + 12 * trained) / 2**30:.2f} GiB of weights, gradients and optimizer"),
             ("work", f"{work * tokens / (1 - filling) / 1e12:.1f} TFLOP an epoch")):
         runtime.say(f"{name:<9} {text}")

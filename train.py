@@ -388,7 +388,7 @@ def describe(settings, runtime, model, epoch, held_out, made):
     tokens = settings.train_batch // runtime.world * settings.block_size
     if settings.micro_batch != "auto":
         tokens = min(tokens, settings.micro_batch * settings.block_size)
-    config = model.config
+    config, unknown = model.config, made["unknown"] / sum(made["tokens"].values())
     block = config.n_embd * (20 if config.modern else 16) * width + config.n_head * config.block_size * (4 + width)
     activations = tokens * (config.n_layer * (config.n_embd * width if settings.checkpointing else block) + 4 * config.n_embd)
     for name, text in (
@@ -398,7 +398,7 @@ def describe(settings, runtime, model, epoch, held_out, made):
             ("model", f"{config.arch}, {parameters / 1e6:.2f}M parameters, vocabulary {config.vocab_size}"),
             ("data", f"{len(epoch.documents.spans)} dialogues, {positions:,} tokens an epoch in {len(epoch)} rows "
                      f"({epoch.filling:.2%} filling), {steps} steps; {len(held_out.spans)} dialogues held out"
-                     + (f"; {made['unknown'] / sum(made['tokens'].values()):.2%} of all tokens <unk>" if made["unknown"] else "")),
+                     + (f"; {unknown:.2%} of all tokens <unk>" if unknown > 1e-4 else "")),
             ("memory", f"about {parameters * (8 + state) / 2**30:.2f} GiB of weights, gradients and optimizer, and at most "
                        f"{activations / 2**30:.2f} GiB of activations"),
             ("work", f"{model.flops_per_token() / 1e6:.1f} MFLOP a token, "
