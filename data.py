@@ -25,7 +25,7 @@ import tokenizer as tokenizer_module
 from settings import TrainSettings, UserError
 from tokenizer import CODE_POINTS, PAD, SEP, UNK, code_points, text_of
 
-LAYOUT = 4  # of a token store
+LAYOUT = 5  # of a token store
 BLOCK = 1 << 18  # bytes read at once; arrays of this size stay in the cache and in the heap
 IGNORE = -100  # target of a position that is not scored
 NEWLINE = ord("\n")
