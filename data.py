@@ -23,7 +23,7 @@ from tqdm import tqdm
 import settings as settings_module
 import tokenizer as tokenizer_module
 from settings import TrainSettings, UserError
-from tokenizer import CODE_POINTS, PAD, SEP, UNK, code_points, text_of
+from tokenizer import CODE_POINTS, PAD, SEP, UNK, CharTokenizer, code_points, text_of
 
 LAYOUT = 5  # of a token store
 BLOCK = 1 << 18  # bytes read at once; arrays of this size stay in the cache and in the heap
@@ -67,13 +67,14 @@ def corpus_errors(path):
     except UnicodeDecodeError as error:
         with open(path, "rb") as file:
             head = file.read(min(max(4, error.start), BLOCK))
-        if head.startswith(b"PK"):
+        if head.startswith(b"PK\3\4"):
             raise UserError(f"{path} is a zip archive, or an Excel or Word file: save it as text in UTF-8")
-        options = "-f UTF-16" if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "-f GB18030"
-        if max(head[:error.start], default=0) >= 0xE0:  # Chinese characters in UTF-8, as far as that
-            options = "-c -f UTF-8"
-        raise UserError(f"{path} is {'damaged' if '-c' in options else 'not UTF-8'} ({error.reason} at byte {error.start}); "
-                        f"{'leave such bytes out' if '-c' in options else 'convert it'}: "
+        what, advice, options = "not UTF-8", "convert it", "-f GB18030"
+        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            options = "-f UTF-16"
+        elif max(head[:error.start], default=0) >= 0xE0:  # Chinese characters in UTF-8, as far as that
+            what, advice, options = "damaged", "leave such bytes out", "-c -f UTF-8"
+        raise UserError(f"{path} is {what} ({error.reason} at byte {error.start}); {advice}: "
                         f"iconv {options} -t UTF-8 {shlex.quote(path)} > utf8{os.path.splitext(path)[1]}")
     except OSError as error:
         raise UserError(f"data_path={path} cannot be read: {error.strerror}")
@@ -136,7 +137,7 @@ def _jsonl_dialogues(file, path):
             turns = entry["messages"] if "messages" in entry else entry["conversations"]
             said = list(map(_turn, turns))
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number} is not JSON: {error.msg} at column {error.colno}")
+            raise UserError(f"{path}, line {number} is not JSON: {error.msg} at column {error.colno}; each line should be an object")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f'{path}, line {number}: expected {{"messages": [{{"role": …, "content": …}}, …]}} '
                             'or {"conversations": [{"from": …, "value": …}, …]}, an object a line, each text a string')
@@ -203,11 +204,12 @@ def split_mask(numbers, train_percent, seed):
     return max(below, below.any() & ~below, key=np.sum)
 
 
-def prepare(settings, tokenizer=None, grow=False):
+def prepare(settings, tokenizer=None, before=None):
     """The token store of `settings.data_path`, made if it is not there: its folder in .cache beside the corpus.
 
-    `tokenizer` is one to use; without it settings.tokenizer names one or the kind to train on the training part. If it may `grow`,
-    one of characters takes in those of the training part that it has not: the store holds the one that was used.
+    `tokenizer` is one to use; without it settings.tokenizer names one or the kind to train on the training part. `before`: the
+    identity of the store that its model was trained on. On another, a tokenizer of characters takes in those of the training part
+    that it has not: the store holds the one that was used.
     """
     path, corpus = settings.data_path, corpus_of(settings)
     if tokenizer is None and settings.tokenizer.endswith(".pth"):
@@ -215,7 +217,7 @@ def prepare(settings, tokenizer=None, grow=False):
         _, tokenizer = checkpoint.unpack(checkpoint.read(settings.tokenizer, path), settings.tokenizer)
     elif tokenizer is None and settings.tokenizer not in ("char", "bpe"):
         tokenizer = tokenizer_module.load(settings.tokenizer)
-    grow = grow and isinstance(tokenizer, tokenizer_module.CharTokenizer)
+    grow = isinstance(tokenizer, CharTokenizer) and before is not None and before != identity(corpus, tokenizer)
     trained = corpus | dict(layout=LAYOUT, tokenizer=tokenizer.state() if grow else settings.tokenizer, vocab_size=settings.vocab_size,
                             min_freq=settings.min_freq)
     cache = os.path.join(os.path.dirname(path) or ".", ".cache")
@@ -223,8 +225,9 @@ def prepare(settings, tokenizer=None, grow=False):
     folder = os.path.join(cache, f"{name}-{_digest(trained)}")
     if tokenizer is not None and not grow:
         wanted = identity(corpus, tokenizer)
-        stores = filter(manifest, glob.glob(glob.escape(os.path.join(cache, name)) + "-*"))
-        folder = next((store for store in stores if manifest(store)["identity"] == wanted), os.path.join(cache, f"{name}-{wanted}"))
+        stores = (store for store in glob.glob(glob.escape(os.path.join(cache, name)) + "-*")
+                  if (manifest(store) or {}).get("identity") == wanted)
+        folder = next(stores, os.path.join(cache, f"{name}-{wanted}"))
     if manifest(folder):
         return folder
     try:
@@ -307,10 +310,10 @@ def _write_store(folder, path, settings, tokenizer, grow, corpus):
         texts = (points[np.repeat(mask, lengths)] for points, lengths, mask in again("making the vocabulary"))
         known, kind = tokenizer, "char" if grow else settings.tokenizer
         tokenizer = tokenizer_module.train(kind, texts, settings.vocab_size, settings.min_freq)
+        tokenizer = known.grown(tokenizer, settings.vocab_size) if grow else tokenizer
         if tokenizer.size == len(tokenizer_module.SPECIALS):
             raise UserError(f"min_freq={settings.min_freq} and vocab_size={settings.vocab_size} leave no character of {path}: "
                             "lower the one (1 takes all), raise the other (empty: no limit)")
-        tokenizer = known.grown(tokenizer, settings.vocab_size) if grow else tokenizer
     sizes, unknown, separators = [], 0, 0
     with open(os.path.join(folder, "ids.bin"), "wb") as file:
         for points, lengths, _ in again("encoding"):

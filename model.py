@@ -415,9 +415,10 @@ class GPT(nn.Module):
         return 6 * (matrices + self.head.weight.numel() + self.config.n_layer * self.config.n_embd * self.config.block_size)
 
 
-def extended(model, tokens, dropout, like):
-    """A copy of `model` with so many tokens more, whose embeddings start near that of the token `like`."""
-    old = model.config.vocab_size
+def extended(model, tokens, dropout, like, known=None):
+    """A copy of `model` with so many tokens more, whose embeddings start near that of the token `like`. `known`: how many of its tokens
+    stay, by default all."""
+    old = known or model.config.vocab_size
     new = GPT(dataclasses.replace(model.config, vocab_size=old + tokens, dropout=dropout))
     state = model.state_dict()
     for name in ("embedding.weight", "head.weight"):

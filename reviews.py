@@ -33,7 +33,7 @@ def read_text(path, advice=""):
     if content.startswith(b"PK\3\4"):
         raise UserError(f"{path} is an Excel workbook, or another zip archive: save it as CSV in UTF-8")
     places = []
-    for encoding in ["utf-16"] if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else ["utf-8-sig", "gb18030"]:
+    for encoding in ["utf-16"] if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else ["utf-8-sig", "gb18030"]:
         try:
             return content.decode(encoding)
         except UnicodeDecodeError as error:
@@ -44,11 +44,12 @@ def read_text(path, advice=""):
 def read_table(path, columns, advice=""):
     """The rows of a CSV file, of each the cells in these columns, which its first line names; what a short row lacks is empty.
 
-    What stands between cells is the comma, semicolon or tab that the first line has most of."""
+    What stands between cells is the comma, semicolon or tab by which the first line names the columns."""
     csv.field_size_limit(1 << 30)
     text = read_text(path, advice)
-    delimiter = max(",;\t", key=text.lstrip().partition("\n")[0].count)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True, delimiter=delimiter)
+    open_by = lambda mark, **more: csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, delimiter=mark, **more)
+    named = lambda mark: sum(name.strip().lower() in columns for name in next(filter(None, open_by(mark)), []))
+    reader = open_by(delimiter := max(",;\t", key=named), strict=True)
     names, rows = [], []
     try:
         for row in reader:
@@ -59,7 +60,7 @@ def read_table(path, columns, advice=""):
                         raise UserError(f"{path} has no column {column!r} but {', '.join(map(repr, names[:5]))}; its first line should "
                                         "name its columns, with commas between: label,review")
             elif any(field.strip() for field in row[len(names):]):
-                raise csv.Error('more fields than the first line names; a text with a comma in it must stand in quotes: "…"')
+                raise csv.Error(f'more fields than the first line names; a text with {delimiter!r} in it must stand in quotes: "…"')
             else:
                 rows.append([row[place].strip() if place < len(row) else "" for place in map(names.index, columns)])
     except csv.Error as error:

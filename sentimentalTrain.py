@@ -112,7 +112,7 @@ def check(settings, roots):
         if re.fullmatch(r"\.|seed\d+(-(split|fold)\d+)?", os.path.relpath(os.path.realpath(folder), root)):
             raise UserError(f"base_model={settings.base_model} lies in checkpoint_root: a classifier would take its place, "
                             "and the next run start from that; name another checkpoint_root")
-    if (settings.data_path or "").endswith(".csv"):
+    if (settings.data_path or "").lower().endswith((".csv", ".tsv")):
         raise UserError(f"data_path={settings.data_path} would be a corpus of dialogues; reviews are named by sentimental_data_path")
     texts, labels, names, _ = reviews.read_reviews(settings.sentimental_data_path)
     for _, _, training, *_ in reviews.splits(texts, labels, names, settings):

@@ -51,8 +51,7 @@ def train(settings, runtime, dry_run, begin):
     tokenizer = checkpoint.unpack(saved, path)[1] if saved else None
     settings = keep_split(settings, runtime, path, saved, tokenizer)
     before = saved and saved["progress"].get("store")  # a classifier's has none, nor has the original's
-    identity = before and runtime.processes.once(lambda: data.identity(data.corpus_of(settings), tokenizer))
-    store = runtime.processes.once(lambda: data.prepare(settings, tokenizer, grow=identity != before))  # the others wait
+    store = runtime.processes.once(lambda: data.prepare(settings, tokenizer, before))  # the others wait
     tokenizer = tokenizer_module.load(os.path.join(store, "tokenizer.json"))
     documents, held_out, made = data.Documents(store, "train"), data.Documents(store, "val"), data.manifest(store)
     torch.manual_seed(settings.seed)
@@ -248,7 +247,7 @@ def make_model(settings, tokenizer, path, saved, runtime):
     model, old = checkpoint.unpack(saved, path)
     if tokenizer.size > old.size:
         runtime.say(f"{tokenizer.size - old.size} characters of {settings.data_path} join the vocabulary of {path}")
-        model = extended(model, tokenizer.size - old.size, settings.dropout, like=tokenizer_module.UNK)
+        model = extended(model, tokenizer.size - old.size, settings.dropout, tokenizer_module.UNK, old.size)
     if settings.tokenizer != (kind := tokenizer.state()["kind"]):
         runtime.say(f"tokenizer={kind}, as in {path}, not {settings.tokenizer}")
     for field in dataclasses.fields(GPTConfig):

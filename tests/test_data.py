@@ -127,6 +127,9 @@ def test_what_a_killed_preparation_left_goes_after_a_week(tmp_path):
 
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("a.txt", "你好\n吃了吗".encode("gb18030"), "not UTF-8.*-f GB18030"),
+    ("p.txt", "PK赛开始了".encode("gb18030"), "not UTF-8.*-f GB18030"),
+    ("z.txt", b"PK\3\4\x14\0\xff", "is a zip archive, or an Excel"),
+    ("u.txt", "你好\n吃了吗\n".encode() + b"\xe4\xbd", "is damaged .*iconv -c -f UTF-8"),
     ("h.txt", "你好\n吃了吗".encode("utf-16"), "not UTF-8.*-f UTF-16"),
     ("f.txt", "你好\r\n\r\n".encode() * 100_000 + b"\xff", "at byte 1000000"),
     ("g.jsonl", b'{"messages": []}\n{"\xff', "at byte 19"),

@@ -537,6 +537,12 @@ def test_a_corpus_key_that_names_reviews_is_refused(config, monkeypatch):
         run(monkeypatch, config, "data_path=mine.csv")
 
 
+def test_what_stands_in_texts_does_not_decide_what_stands_between_cells(tmp_path):
+    for text in ("label,review\r1,好;很;好\r0,坏\r", 'label,review,"a;b;c;d"\n1,好;很;好,x\n0,坏,y\n'):
+        (tmp_path / "a.csv").write_text(text, newline="")
+        assert reviews.read_reviews(str(tmp_path / "a.csv"))[0] == ["好;很;好", "坏"]
+
+
 @pytest.mark.parametrize("delimiter, encoding", [(";", "utf-8-sig"), ("\t", "utf-16")])
 def test_tables_as_other_programs_write_them_are_read(tmp_path, delimiter, encoding):
     lines = [("Label", "review"), ("1", "好，很好, 真的"), ("0", '"坏; 很坏"')]

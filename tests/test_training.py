@@ -320,6 +320,9 @@ def test_a_run_that_goes_on_with_more_text_takes_in_its_new_characters(trained, 
     before = runs.checkpoint(folder)
     more = (tmp_path / "corpus.txt").read_text() + "龘靐\n龘\n\n靐\n龘龘\n\n" * 20 + "\n\n".join(f"龘{i}\n靐{i}" for i in range(20))
     (tmp_path / "more.txt").write_text(more)
+    status, output, _ = trained(data_path=str(tmp_path / "more.txt"), max_steps=1, min_freq=10**6, resume_from=str(folder / "last.pth"),
+                                checkpoint_root=str(tmp_path / "rare"))
+    assert status == 0 and "join" not in output
     status, output, _ = trained(data_path=str(tmp_path / "more.txt"), max_steps=1, lr=0.0, muon_lr=0.0, resume_from="auto")
     after, known = runs.checkpoint(folder), before["tokenizer"]["characters"]
     assert status == 0 and re.search(r"\d+ characters of .*more.txt join the vocabulary of", output) and "<unk>" not in output
@@ -328,7 +331,7 @@ def test_a_run_that_goes_on_with_more_text_takes_in_its_new_characters(trained, 
         assert after["model"][name][:3 + len(known)].equal(tensor[:3 + len(known)])
     status, output, _ = trained(data_path=str(tmp_path / "more.txt"), max_steps=4, resume_from="auto")
     assert status == 0 and "going on from" in output and "join" not in output
-    assert runs.checkpoint(folder)["progress"]["step"] == 4 and len([*tmp_path.glob(".cache/more-*")]) == 1
+    assert runs.checkpoint(folder)["progress"]["step"] == 4 and len([*tmp_path.glob(".cache/more-*")]) == 2  # one without
 
 
 def test_going_on_keeps_the_dialogues_that_are_held_out(trained):
