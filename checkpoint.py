@@ -118,9 +118,10 @@ def numbered(folder):
     return sorted(((int(match[1]), os.path.join(folder, match[0])) for match in matches if match), reverse=True)
 
 
-def set_aside(folder):
-    """Moves an earlier run's checkpoints and figures out of the way of a new one; returns where to, or None if there were none."""
-    names = list(filter(OURS.fullmatch, os.listdir(folder))) if os.path.isdir(folder) else []
+def set_aside(folder, ours=OURS):
+    """Moves an earlier run's checkpoints and figures, files with such names, out of the way of a new one; returns where to, or None if
+    there were none."""
+    names = list(filter(ours.fullmatch, os.listdir(folder))) if os.path.isdir(folder) else []
     if not names:
         return None
     target = os.path.join(folder, time.strftime("before-%Y%m%d-%H%M%S"))

@@ -407,6 +407,9 @@ def table(paths, several, results, target):
     text = "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |"
                      for line in (head, ["-" * width for width in widths], *lines))
     print("\n" + text)
+    folder, name = os.path.split(target)
+    if old := checkpoint.set_aside(folder or ".", re.compile(re.escape(name) + r"\.(md|png)")):
+        print(f"\nan earlier table is now in {old}")
     with open(target + ".md", "w", encoding="utf-8") as file:
         file.write(text + "\n")
     print(f"\nalso as {target}.md" + (f" and {target}.png" if picture(lines, results, target + ".png") else

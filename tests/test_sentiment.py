@@ -480,7 +480,10 @@ def test_a_base_in_checkpoint_root_is_refused_and_stays(config, tmp_path, monkey
 def test_several_configurations_end_in_one_table_and_a_picture(config, tmp_path, monkeypatch, capsys):
     other = tmp_path / "other.yaml"
     other.write_text(open(config).read().replace("/out", "/second") + "frozen: True\nuse_mask: False\n")
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "table.md").write_text("an earlier one")
     run(monkeypatch, config, str(other), "seeds=[1,2]", "max_epoch=1", "--table", str(tmp_path / "made" / "table"))
+    assert [path.read_text() for path in tmp_path.glob("made/before-*/table.md")] == ["an earlier one"]
     text = (tmp_path / "made" / "table.md").read_text()
     assert text in capsys.readouterr().out
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
