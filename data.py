@@ -106,7 +106,7 @@ def _read_text(file, _):
         last = np.flatnonzero(~blank & np.append(blank[1:], True))
         if len(first):
             yield np.delete(points[:end], np.concatenate(gone)), ends[last] - begins[first]
-        tail = text_of(points[end:]).encode() + tail  # its line ends are \n already
+        tail = text[end:].encode() + tail  # its line ends are \n already
 
 
 def _whole_lines(raw, place, last):
@@ -143,8 +143,7 @@ def _jsonl_dialogues(file, path):
                             'or {"conversations": [{"from": …, "value": …}, …]}, an object a line, each text a string')
         utterances, before, gap = [], None, False
         for role, text in said:
-            text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is no character
-            if text and utterances and gap and role == before:  # the other's turn is empty: still one utterance
+            if text and gap and role == before:  # the other's turn is empty: still one utterance
                 utterances[-1] += " " + text
             elif text:
                 utterances.append(text)
@@ -158,6 +157,7 @@ def _turn(turn):
     role, text = str(turn.get("role", turn.get("from"))).lower(), turn.get("content", turn.get("value"))
     if role in UNSPOKEN or text is None and turn.keys() & {"content", "value", "tool_calls"}:
         return role, ""
+    text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is no character
     return role, " ".join(text.splitlines()).strip()
 
 

@@ -116,18 +116,14 @@ class Processes:
         if folder in self.claimed:
             return
         try:
-            place = os.open(folder, os.O_RDONLY)  # an OSError on Windows, and where there is no such folder yet
-        except OSError:
-            return
-        try:
+            self.claimed[folder] = os.open(folder, os.O_RDONLY)  # an OSError on Windows, and where there is no such folder yet
             import fcntl  # Windows has none
-            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.claimed[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(place)
+            os.close(self.claimed.pop(folder))
             raise UserError(f"another run is writing to checkpoint_root={folder}: name another folder, or wait for it or stop it")
         except OSError:
             pass
-        self.claimed[folder] = place
 
     def __exit__(self, kind, error, trace):
         for place in self.claimed.values():

@@ -273,7 +273,8 @@ def starting_point(settings, runtime, path, saved, identity):
     if progress["store"] is None:  # the original's: it kept no place in the data
         return progress | dict(store=identity), False
     if saved["progress"].get("store") != identity:  # a classifier's has none
-        runtime.say(f"{settings.data_path} is not what {path} was trained on: a new run with its weights, from step 0")
+        runtime.say(f"{settings.data_path}, or what is held out of it, is not what {path} was trained on: a new run with its "
+                    "weights, from step 0")
         saved["optimizer"] = None
         return anew, False
     root = os.path.realpath(settings.checkpoint_root)

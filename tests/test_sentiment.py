@@ -382,6 +382,7 @@ def test_an_error_in_a_later_run_keeps_the_figures_of_what_ended(full, config, t
                 raise torch.OutOfMemoryError
             return make(model, settings, dtype)
         monkeypatch.setattr(sentimentalTrain, "make_optimizers", make_optimizers)
+    (tmp_path / "t.md").write_text("an earlier one")
     paths = [str(tmp_path / f"{name}.yaml") for name in ("one", "two", "three")]
     with pytest.raises(UserError, match="cannot be written" if full == "disk" else "the memory is full"):
         run(monkeypatch, *paths, "seeds=[7,8,9]", "max_epoch=1", "--table", str(tmp_path / "t"))
@@ -389,6 +390,7 @@ def test_an_error_in_a_later_run_keeps_the_figures_of_what_ended(full, config, t
     assert (tmp_path / "two" / "best.pth").exists() and not os.listdir(tmp_path / "three")
     table = (tmp_path / "t.md").read_text()
     assert "| one " in table and "| two (1 of 3 runs)" in table
+    assert [path.read_text() for path in tmp_path.glob("before-*/t.md")] == ["an earlier one"]
 
 
 def test_figures_of_an_earlier_run_go_aside_with_its_checkpoints(config, tmp_path, monkeypatch):
@@ -480,10 +482,7 @@ def test_a_base_in_checkpoint_root_is_refused_and_stays(config, tmp_path, monkey
 def test_several_configurations_end_in_one_table_and_a_picture(config, tmp_path, monkeypatch, capsys):
     other = tmp_path / "other.yaml"
     other.write_text(open(config).read().replace("/out", "/second") + "frozen: True\nuse_mask: False\n")
-    (tmp_path / "made").mkdir()
-    (tmp_path / "made" / "table.md").write_text("an earlier one")
     run(monkeypatch, config, str(other), "seeds=[1,2]", "max_epoch=1", "--table", str(tmp_path / "made" / "table"))
-    assert [path.read_text() for path in tmp_path.glob("made/before-*/table.md")] == ["an earlier one"]
     text = (tmp_path / "made" / "table.md").read_text()
     assert text in capsys.readouterr().out
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
