@@ -268,7 +268,7 @@ def line_history(path):
         return InMemoryHistory()
     path = os.path.expanduser(path)
     try:
-        with open(path, "a"):
+        with open(path, "a", opener=lambda path, flags: os.open(path, flags, 0o600)):  # for nobody else to read
             return Lines(path)
     except OSError as error:
         print(f"history_path={path} cannot be written ({error.strerror}): what you type will not be remembered", file=sys.stderr)

@@ -132,6 +132,11 @@ def make_norm(config):
     return RMSNorm(config.n_embd) if config.modern else nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
 
 
+def make_embedding(rows, width):
+    """Not nn.Embedding(rows, width), whose random numbers, on the meta device, import the compiler: half of chat's start."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+
+
 def rotate(x, cos, sin):
     """Rotary position embedding (Su et al. 2021) of (B, heads, T, D), halves paired as in Hugging Face.
 
@@ -265,8 +270,8 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.rows, config.n_embd)
-        self.positions = None if config.modern else nn.Embedding(config.block_size, config.n_embd)
+        self.embedding = make_embedding(config.rows, config.n_embd)
+        self.positions = None if config.modern else make_embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config)
         self.head = nn.Linear(config.n_embd, config.rows, bias=False)
@@ -274,7 +279,8 @@ class GPT(nn.Module):
             self.head.weight = self.embedding.weight
         self.checkpointing = False  # recompute activations in the backward pass
         self._enter, self._loss_of_rows = _enter, _loss_of_rows
-        self._initialise()
+        if not self.embedding.weight.is_meta:
+            self._initialise()
 
     @torch.no_grad()
     def _initialise(self):

@@ -310,6 +310,13 @@ def test_a_pipe_answers_each_line_before_the_next_one_comes(path):
         assert process.stdout.read() == "" and process.wait(timeout=60) == 0
 
 
+def test_a_reply_waits_for_no_compiler(path):
+    """Making the model's shape drew random numbers on the meta device, which imported torch._dynamo: half of chat's start."""
+    done = subprocess.run([sys.executable, "-X", "importtime", "chat.py", path, "--prompt", "你好"], capture_output=True, encoding="utf-8")
+    assert done.returncode == 0 and done.stdout.strip()
+    assert "torch._C" in done.stderr and "torch._dynamo" not in done.stderr
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["config/demoChat.yaml", "resume_from=nowhere/none.pth"], ["nowhere/none.pth does not exist; train one first"]),
     (["config/chat300M.yaml", "resume_from=nowhere/pretrained/x.pth"], ["nowhere/pretrained/x.pth", "python data.py download pretrained"]),

@@ -118,6 +118,7 @@ def test_lines_are_edited_by_wide_characters_pasted_whole_and_remembered(path, t
         assert (tmp_path / "said.txt").read_text(encoding="utf-8").split("\n")[0] == "今天 天气"
         assert terminal.say("很好吃饭吗")
         assert terminal.leave() == 0
+    assert history.stat().st_mode & 0o077 == 0  # nobody else reads it
     with Terminal(path, history) as terminal:
         terminal.child.send("\x1b[A\x1b[A")  # up, up: past exit
         terminal.until(lambda: terminal.line() == "> 很好吃饭吗", "the line of the last time")
@@ -146,9 +147,9 @@ def test_every_command_does_what_help_says(path, tmp_path):
         again = terminal.say("/retry")
         assert first and again and first != again
         assert terminal.say("/set temperature 0") == "temperature=0.0"
+        assert terminal.say("/set no_repeat_ngram 2") == "no_repeat_ngram=2"
         greedy = terminal.say("/retry")
         assert terminal.say("/retry") == greedy
-        assert terminal.say("/set no_repeat_ngram 2") == "no_repeat_ngram=2"
         assert terminal.say("今天")
         assert "4 utterances written" in terminal.say("/save a b.JSONL") and "4 utterances written" in terminal.say("/save a b.JSONL")
         (tmp_path / "mine.txt").write_text("mine\n")

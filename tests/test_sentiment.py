@@ -345,6 +345,7 @@ def test_a_folder_that_another_run_writes_to_is_refused(config, tmp_path, monkey
     os.mkdir(tmp_path / "out")
     with rt.Processes() as another:
         another.claim(str(tmp_path / "out"))
+        another.claim(str(tmp_path / "out" / ".." / "out"))  # its own, by whatever name
         with pytest.raises(UserError, match="another run is writing to checkpoint_root="):
             run(monkeypatch, config)
     run(monkeypatch, config, "max_epoch=1")
@@ -507,7 +508,7 @@ def test_a_bpe_checkpoint_serves_as_base(config, tmp_path, monkeypatch):
     tokenizer = BPETokenizer.train(["\n".join(GOOD + BAD)] * 3, vocab_size=300)
     model = GPT(GPTConfig(vocab_size=tokenizer.size, arch="modern", block_size=48, n_layer=1, n_head=2, n_embd=16))
     path = checkpoint.save(str(tmp_path / "bpe"), 1, checkpoint.describe(model, tokenizer))
-    run(monkeypatch, config, f"base_model={path}")
+    run(monkeypatch, config, f"base_model={path}", "max_epoch=15")
     history = metrics(tmp_path / "out")["runs"][0]["history"]
     assert history[-1]["loss"] < 0.9 * history[0]["loss"]
     saved = checkpoint.read(str(tmp_path / "out" / "best.pth"))
@@ -578,7 +579,7 @@ def test_predicting_says_what_is_missing_and_takes_a_run_s_folder(config, tmp_pa
     ("label,review\n1,good room, bad food\n0,坏\n", "line 2: more fields"),
     ("label|review\n1|good room, bad food\n0|坏\n", "no column 'label'.*with commas between"),
     (b"PK\3\4xl", "is an Excel workbook"),
-    ('label,review\n1,"好\n0,"坏"\n', "line 3: ',' expected"),
+    ('label,review\n1,"好\n0,"坏"\n', "line 3: ',' expected.*within quotes is written twice"),
     ('label,review\n0,坏\n1,"好\n', 'line 3: unexpected end of data; a quotation mark " is not closed'),
 ])
 def test_reviews_that_are_no_good_end_in_one_line_that_says_so(content, says, config, tmp_path, monkeypatch):
