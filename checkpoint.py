@@ -4,10 +4,12 @@
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import errno
 import glob
+import itertools
 import os
 import pickle
 import re
@@ -51,14 +53,19 @@ def make_folder(folder, wish):
         raise UserError(f"{wish} cannot be written ({error.strerror}); name another place")
 
 
-def save(folder, step, content, keep=2):
+def save(folder, step, content, keep=2, tell=None):
     """Writes `content` as folder/cpt{step}.pth, makes last.pth that file too, and prunes; returns its path.
 
-    The file is complete under its name or not there at all. `keep` files stay beside those two.
+    The file is complete under its name or not there at all. `keep` files stay beside those two. `tell`: this is a new run's first, so an
+    earlier run's files are set aside, once the new one is written, and a line about it goes to this function.
     """
+    def make_room():
+        if tell and (old := set_aside(folder)):
+            tell(f"an earlier run's checkpoints are now in {old}")
+
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"cpt{step}.pth")
-    write(path, content)
+    write(path, content, make_room)
     name_also(path, "last.pth")
     for _, old in numbered(folder)[keep + 1:]:  # the newest is last.pth
         if old != path:  # another run is in this folder, and further
@@ -68,15 +75,17 @@ def save(folder, step, content, keep=2):
     return path
 
 
-def write(path, content):
-    """Writes `content` as the checkpoint file `path`, which is complete or not there at all."""
-    with whole(path) as temporary, open(temporary, "wb") as file:
-        try:
-            torch.save({"format": FORMAT} | content, file)
-        except RuntimeError as error:  # it says "unexpected pos" where the disk is full
-            raise OSError if "unexpected pos" in str(error) else error
-        file.flush()
-        os.fsync(file.fileno())
+def write(path, content, make_room=lambda: None):
+    """Writes `content` as the checkpoint file `path`, which is complete or not there at all. `make_room` is called in between."""
+    with whole(path) as temporary:
+        with open(temporary, "wb") as file:
+            try:
+                torch.save({"format": FORMAT} | content, file)
+            except RuntimeError as error:  # it says "unexpected pos" where the disk is full
+                raise OSError if "unexpected pos" in str(error) else error
+            file.flush()
+            os.fsync(file.fileno())
+        make_room()
 
 
 @contextlib.contextmanager
@@ -139,8 +148,10 @@ def load(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        folder = os.path.dirname(path) or "."
-        if there := sorted(glob.glob("*.pth", root_dir=folder)):
+        folder, name = os.path.split(path)
+        folder = folder or "."
+        earlier = sorted(glob.glob(os.path.join("before-*", glob.escape(name)), root_dir=folder))  # `set_aside` put it there
+        if there := sorted(glob.glob("*.pth", root_dir=folder)) + earlier[-1:]:
             raise UserError(f"{path} does not exist; in {folder} there are {', '.join(there)}")
         if os.path.basename(folder) == "pretrained":
             raise UserError(f"{path} does not exist; download it: python data.py download pretrained")
@@ -283,10 +294,11 @@ def _optimizer_state(content, config):
 
 
 def original_vocabulary(corpus, vocab_size, path):
-    """The original's vocabulary: every character of the whole corpus file but the newline, most frequent first."""
+    """The original's vocabulary: every character of the corpus file but the newline, most frequent first, ties by first appearance."""
     for encoding in ("utf-8", "utf-8-sig"):  # the original counted a byte-order mark as a character
         with _open_corpus(corpus, encoding) as file:
-            tokenizer = CharTokenizer.train(iter(lambda: file.read(1 << 20), ""))  # a million characters at a time
+            counts = collections.Counter(itertools.chain.from_iterable(file))
+        tokenizer = CharTokenizer("".join(character for character, _ in counts.most_common() if character != "\n"))
         if tokenizer.size == vocab_size:
             return tokenizer
     raise UserError(f"{corpus} is not what {path} was trained on: it gives a vocabulary of {tokenizer.size}, the file has {vocab_size}; "

@@ -130,7 +130,7 @@ def _read_jsonl(file, path):
 def _jsonl_dialogues(file, path):
     for number, line in enumerate(file, 1):
         line = _decode(line, file.tell() - len(line)).removeprefix("\ufeff")
-        if line.isspace():
+        if not line.strip():
             continue
         try:
             entry = json.loads(line)
@@ -470,4 +470,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(settings_module.main(main))
+    settings_module.main(main)

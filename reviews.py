@@ -65,6 +65,7 @@ def read_table(path, columns, advice=""):
                 rows.append([row[place].strip() if place < len(row) else "" for place in map(names.index, columns)])
     except csv.Error as error:
         advice = '; a quotation mark " is not closed' if "unexpected end" in str(error) else ""
+        advice = '; one within quotes is written twice: "太""差""了"' if "expected after" in str(error) else advice
         raise UserError(f"{path}, line {reader.line_num}: {error}{advice}")
     if not names:
         raise UserError(f"{path} is empty; its first line should name the columns, label,review say")

@@ -113,14 +113,15 @@ class Processes:
     def claim(self, folder):
         """Keeps other programs from training into a folder as long as this one does: each would put aside and prune what the other saves.
         The lock ends with the process, however that ends, and leaves no file. It is one machine's, and not all file systems have it."""
-        if folder in self.claimed:
+        real = os.path.realpath(folder)  # it may have several names
+        if real in self.claimed:
             return
         try:
-            self.claimed[folder] = os.open(folder, os.O_RDONLY)  # an OSError on Windows, and where there is no such folder yet
+            self.claimed[real] = os.open(real, os.O_RDONLY)  # an OSError on Windows, and where there is no such folder yet
             import fcntl  # Windows has none
-            fcntl.flock(self.claimed[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.claimed[real], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(self.claimed.pop(folder))
+            os.close(self.claimed.pop(real))
             raise UserError(f"another run is writing to checkpoint_root={folder}: name another folder, or wait for it or stop it")
         except OSError:
             pass
@@ -240,7 +241,6 @@ def explain_processes(runtime, values):
 
 def pick_device(name, local_rank=0, quiet=False):
     """The torch device that a setting means here; one that is missing is replaced by the CPU, with a line."""
-    say = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
     kind, _, index = name.partition(":")
     mps = torch.backends.mps.is_available()
     if kind == "auto":
@@ -248,7 +248,8 @@ def pick_device(name, local_rank=0, quiet=False):
     if kind not in ("cpu", "cuda", "mps") or (index and not (index.isdecimal() and name.startswith("cuda:"))):
         raise UserError(f"device={name} is none of auto, cpu, cuda, cuda:N, mps")
     if kind == "cuda" and not torch.cuda.is_available() or kind == "mps" and not mps:
-        say(f"device={name} is not there: using the CPU")
+        if not quiet:
+            print(f"device={name} is not there: using the CPU", file=sys.stderr, flush=True)
         return torch.device("cpu")
     if kind == "cuda":
         if index and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:

@@ -263,9 +263,8 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
             best, worse = told, 0
             best_state = {name: value.cpu().clone() for name, value in classifier.state_dict().items()}
             if runtime.main:
-                if epoch == 1 and (old := checkpoint.set_aside(folder)):
-                    bar.write(f"an earlier run's checkpoints are now in {old}")
-                save(folder, step, classifier, linear, tokenizer, names, block_size, dataclasses.replace(settings, seed=seed), history)
+                save(folder, step, classifier, linear, tokenizer, names, block_size, dataclasses.replace(settings, seed=seed), history,
+                     bar.write if epoch == 1 else None)
     bar.close()
 
     classifier.load_state_dict(best_state)
@@ -297,14 +296,14 @@ def make_classifier(settings, runtime, names):
     return classifier, tokenizer, block_size
 
 
-def save(folder, step, classifier, linear, tokenizer, names, block_size, settings, history):
-    """Writes all that prediction needs into one checkpoint, which is also a GPT's."""
+def save(folder, step, classifier, linear, tokenizer, names, block_size, settings, history, tell=None):
+    """Writes all that prediction needs into one checkpoint, which is also a GPT's. `tell`: as checkpoint.save has it."""
     head = dict(head=classifier.classifier.state_dict(), names=names, block_size=block_size, use_mask=classifier.use_mask,
                 causal=classifier.causal, ngrams=vars(linear) if linear else None)
     content = checkpoint.describe(classifier.gpt, tokenizer) | dict(
         classifier=head, optimizer=None, scaler=None, progress=dict(step=step, epoch=len(history)),
         random=dict(seed=settings.seed), settings=dataclasses.asdict(settings), metrics=history[-1])
-    checkpoint.name_also(checkpoint.save(folder, step, content, keep=0), "best.pth")
+    checkpoint.name_also(checkpoint.save(folder, step, content, 0, tell), "best.pth")
 
 
 def load(path):

@@ -5,7 +5,9 @@ its utterances joined by newlines. `<pad>` ends a dialogue. Neither can be typed
 """
 
 import codecs
+import concurrent.futures
 import json
+import threading
 import unicodedata
 
 import numpy as np
@@ -55,7 +57,7 @@ class Tokenizer:
     def characters(self):
         """(size,) int64: how many characters begin in each id; `<sep>`, `<pad>` and `<unk>` count as one."""
         counts = [sum(byte & 0xC0 != 0x80 for byte in piece) for piece in self.pieces]
-        counts[:3] = 1, 1, 1
+        counts[PAD] = 1
         return np.array(counts)
 
     def encode_dialogues(self, points, lengths):
@@ -92,22 +94,15 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts, vocab_size=None, min_freq=1):
-        """From an iterable of texts, or arrays of code points: characters by falling frequency, ties by first appearance."""
-        counts, first, seen = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), 0  # first: place of first appearance
+        """From an iterable of texts, or arrays of code points: characters by falling frequency, ties by code point."""
+        counts = np.zeros(0, dtype=np.int64)  # by code point, up to the highest met
         for text in texts:
-            points = code_points(text)
-            some = np.bincount(points, minlength=len(counts))
-            if len(some) > len(counts):  # a higher code point than any before
-                counts, first = (np.pad(array, (0, len(some) - len(array))) for array in (counts, first))
-            new = (some > 0) & (counts == 0)
-            if new.any():
-                places = np.flatnonzero(new.take(points))
-                first[points[places[::-1]]] = seen + places[::-1]  # what is written last stays: the first place
-            counts += some
-            seen += len(points)
+            some = np.bincount(code_points(text), minlength=len(counts))
+            some[:len(counts)] += counts
+            counts = some
         counts[ord("\n"):ord("\n") + 1] = 0  # a slice: the array may be shorter
         found = np.flatnonzero(counts >= max(1, min_freq))
-        order = found[np.lexsort((first[found], -counts[found]))]
+        order = found[np.argsort(-counts[found], kind="stable")]
         order = order[:None if vocab_size is None else vocab_size - len(SPECIALS)]
         return cls(text_of(order.astype(np.uint32)))
 
@@ -161,7 +156,17 @@ class BPETokenizer(Tokenizer):
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=(vocab_size or 8000) - len(SPECIALS), min_frequency=max(2, min_freq), show_progress=False,
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-        bpe.train_from_iterator((line for text in texts for line in text_of(text).split("\n") if line), trainer)
+        lines = (line for text in texts for line in text_of(text).split("\n") if line)
+        done = concurrent.futures.Future()
+
+        def learn():
+            try:
+                done.set_result(bpe.train_from_iterator(lines, trainer))
+            except BaseException as error:
+                done.set_exception(error)
+
+        threading.Thread(target=learn, daemon=True).start()  # it takes minutes, in which the library notices no Ctrl-C
+        done.result()
         return cls(bpe.to_str())
 
     def encode_batch(self, texts):

@@ -139,12 +139,10 @@ def train(settings, runtime, dry_run, begin):
 
         if due or step not in (0, saved_step) and (finished or wish or step % settings.save_freq == 0):
             if runtime.main:
-                if saved_step < 0 and (old := checkpoint.set_aside(settings.checkpoint_root)):
-                    bar.write(f"an earlier run's checkpoints are now in {old}")
                 content = checkpoint.describe(model, tokenizer) | dict(
                     optimizer=[optimizer.state_dict() for optimizer in optimizers], scaler=scaler.state_dict(), progress=progress,
                     random=dict(seed=settings.seed), settings=dataclasses.asdict(settings), metrics=metrics)
-                saved_path = checkpoint.save(settings.checkpoint_root, step, content, settings.keep)
+                saved_path = checkpoint.save(settings.checkpoint_root, step, content, settings.keep, bar.write if saved_step < 0 else None)
                 if better:
                     checkpoint.name_also(saved_path, "best.pth")
             saved_step, tick, tick_tokens = step, time.perf_counter(), 0
@@ -159,10 +157,13 @@ def train(settings, runtime, dry_run, begin):
         if finished:
             bar.close()
             best = f", and best.pth with the best validation loss, {progress['best']:.4f}" if math.isfinite(progress["best"]) else ""
-            last = "last.pth" + (" (it knows its training text better than best.pth)" if best else "")
+            poor = best and progress["best"] > math.log(tokenizer.size)
+            best += f", which is worse than guessing ({math.log(tokenizer.size):.4f}): lower lr={settings.lr}" if poor else ""
+            last = "last.pth" + (" (it knows its training text better than best.pth)" if best and not poor else "")
             name = "best.pth" if progress["best"] == metrics.get("loss") or best and settings.patience else last
             why = f" ({settings.patience} evaluations without improvement)" if share < 1 else ""
-            why += " (nothing was left to do: raise max_steps, max_minutes or max_epoch)" if step == begun else ""
+            limits = "patience" if why else "max_steps, max_minutes or max_epoch"
+            why += f" (nothing was left to do: raise {limits})" if step == begun else ""
             runtime.say(f"finished after {step} steps and {minutes:.1f} minutes{why}: {settings.checkpoint_root}/last.pth{best}\n"
                         f"talk to it: python chat.py {shlex.quote(settings.checkpoint_root)}/{name}")
             break

@@ -192,8 +192,14 @@ def test_an_earlier_run_is_set_aside_and_stays_readable(tmp_path):
     assert sorted(os.listdir(target)) == ["best.pth", "cpt3.pth", "last.pth"]
     assert sorted(os.listdir(tmp_path)) == sorted([os.path.basename(target), "notes.txt", "300M-original.pth", "cpt3.pth.unreadable"])
     assert checkpoint.newest(target)[1]["progress"]["step"] == 3 and checkpoint.newest(str(tmp_path)) == (None, None)
+    with pytest.raises(UserError, match=f"best.pth does not exist; in .* there are 300M-original.pth, {os.path.basename(target)}/best.pth"):
+        checkpoint.read(str(tmp_path / "best.pth"))
     checkpoint.save(str(tmp_path), 1, make_content(1))
-    assert checkpoint.set_aside(str(tmp_path)) != target  # within the same second too
+    said = []
+    checkpoint.save(str(tmp_path), 2, make_content(2), tell=said.append)
+    (again,) = {str(path) for path in tmp_path.glob("before-*")} - {target}  # within the same second too
+    assert said == [f"an earlier run's checkpoints are now in {again}"] and sorted(os.listdir(again)) == ["cpt1.pth", "last.pth"]
+    assert checkpoint.newest(str(tmp_path))[1]["progress"]["step"] == 2
 
 
 SAVING = """
@@ -247,7 +253,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path):
 
     checkpoint.save(str(tmp_path), 1, make_content(1))
     with pytest.raises(UserError, match="cpt2.pth cannot be written: No space"):
-        checkpoint.save(str(tmp_path), 2, make_content(2) | dict(more=Unsaveable()))
+        checkpoint.save(str(tmp_path), 2, make_content(2) | dict(more=Unsaveable()), tell=print)  # a new run's first leaves the old one too
     assert sorted(os.listdir(tmp_path)) == ["cpt1.pth", "last.pth"]
     assert checkpoint.newest(str(tmp_path))[1]["progress"]["step"] == 1
 

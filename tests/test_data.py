@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import data
+import runs
 import tokenizer
 from settings import TrainSettings, UserError, build
 from tokenizer import PAD, SEP
@@ -138,6 +140,7 @@ def test_what_a_killed_preparation_left_goes_after_a_week(tmp_path):
     ("b.jsonl", b'{"messages": [{"role": "user", "content": []}]}', "line 1"),
     ("c.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}\n{', "line 2"),
     ("d.txt", b"\n\n", "no dialogue"),
+    ("m.jsonl", b"\xef\xbb\xbf", "no dialogue"),
     ("e.txt", "一句\n两句".encode(), "one dialogue;"),
     ("c.txt", "一句\n两句\n\n一句\n两句\n".encode(), "one dialogue over and over"),
 ])
@@ -146,6 +149,21 @@ def test_a_corpus_that_cannot_be_used_is_one_line_and_leaves_nothing(tmp_path, n
     with pytest.raises(UserError, match=message):
         data.prepare(make_settings(tmp_path / name))
     assert os.listdir(tmp_path) == [name]
+
+
+def test_ctrl_c_leaves_the_training_of_a_bpe_at_once_and_nothing_behind(tmp_path):
+    """Inside its library, where large corpora spend minutes, Python hears no signal."""
+    points = np.random.default_rng(0).integers(ord("一"), ord("龥"), (20_000, 60), dtype=np.uint32)
+    (tmp_path / "c.txt").write_text("\n\n".join(map(tokenizer.text_of, points)), encoding="utf-8")
+    command = ["data.py", "prepare", "config/demo.yaml", f"data_path={tmp_path / 'c.txt'}", "tokenizer=bpe", "vocab_size=30000"]
+    process = subprocess.Popen([sys.executable, *command], cwd=runs.ROOT, stderr=subprocess.PIPE, text=True)
+    runs.wait_for(lambda: list(tmp_path.glob(".cache/.making-*/*")))
+    time.sleep(2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    begin = time.monotonic()
+    assert process.communicate() == (None, "interrupted\n") and process.returncode == 130
+    assert time.monotonic() - begin < 2 and os.listdir(tmp_path) == ["c.txt"]
 
 
 def test_the_command_that_converts_a_corpus_can_be_pasted(tmp_path):

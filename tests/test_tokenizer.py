@@ -18,10 +18,10 @@ def bpe():
     return tokenizer.train("bpe", [TEXT], vocab_size=400)
 
 
-def test_vocabulary_is_by_falling_frequency_and_ties_by_first_appearance():
+def test_vocabulary_is_by_falling_frequency_and_ties_by_code_point():
     made = tokenizer.train("char", ["ba\nab", "ccc\nd"])
-    assert made.vocabulary == "cbad"
-    assert made.encode("cb\nx").tolist() == [3, 4, SEP, UNK]
+    assert made.vocabulary == "cabd"
+    assert made.encode("cb\nx").tolist() == [3, 5, SEP, UNK]
 
 
 def test_rare_characters_and_a_bounded_vocabulary_become_unk():

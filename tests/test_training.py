@@ -95,6 +95,10 @@ def test_going_on_says_from_where_and_why_it_ends(trained):
     assert f"going on from {folder}/cpt4.pth at step 4" in output and re.search("finished after 4 steps.*nothing was left to do", output)
     _, output, _ = trained(max_steps=50, resume_from="auto", eval_freq=1, patience=2, lr=0.0, muon_lr=0.0)
     assert "minutes (2 evaluations without improvement): " in output
+    _, output, _ = trained(max_steps=90, resume_from="auto", eval_freq=1, patience=2, lr=0.0, muon_lr=0.0)
+    assert "(2 evaluations without improvement) (nothing was left to do: raise patience): " in output
+    _, output, _ = trained(max_steps=2, lr=1000.0, muon_lr=1000.0)
+    assert "which is worse than guessing (" in output and "): lower lr=1000.0\n" in output and "it knows its training text" not in output
 
 
 def test_a_second_run_in_a_folder_is_refused_as_long_as_the_first_lives(tmp_path):
