@@ -133,8 +133,9 @@ def make_norm(config):
 
 
 def make_embedding(rows, width):
-    """Not nn.Embedding(rows, width), whose random numbers, on the meta device, import the compiler: half of chat's start."""
-    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+    """nn.Embedding; on the meta device without its random numbers, which PyTorch imports the compiler for: half of chat's start."""
+    weight = torch.empty(rows, width)
+    return nn.Embedding.from_pretrained(weight, freeze=False) if weight.is_meta else nn.Embedding(rows, width)
 
 
 def rotate(x, cos, sin):
