@@ -333,21 +333,25 @@ def change(conversation, rest):
     print("  ".join(f"{key}={getattr(conversation.settings, key)}" for key in ([name] if name else ADJUSTABLE)))
 
 
-def save(conversation, path):
+def transcript(conversation, path):
+    """What /save writes into this file."""
     texts = [text.strip() or "…" for text, _ in conversation.utterances]  # an empty line would end the dialogue
-    content = "\n".join(texts)
-    if path.lower().endswith((".jsonl", ".json")):
-        turns = [dict(role=("user", "assistant")[n % 2], content=text) for n, text in enumerate(texts)]
-        content = json.dumps({"messages": turns}, ensure_ascii=False)
+    if not path.lower().endswith((".jsonl", ".json")):
+        return "\n".join(texts) + "\n"
+    turns = [dict(role=("user", "assistant")[n % 2], content=text) for n, text in enumerate(texts)]
+    return json.dumps({"messages": turns}, ensure_ascii=False) + "\n"
+
+
+def save(conversation, path):
     try:
         with open(path, "w" if path in conversation.saved else "x", encoding="utf-8") as file:
             conversation.saved.add(path)
-            file.write(content + "\n")
+            file.write(transcript(conversation, path))
     except FileExistsError:
         raise UserError(f"{path} exists; name a new file")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}")
-    conversation.notice(f"({len(texts)} utterances written to {path})")
+    conversation.notice(f"({len(conversation.utterances)} utterances written to {path})")
 
 
 def load_conversation(conversation, path):
@@ -360,6 +364,9 @@ def load_conversation(conversation, path):
     conversation.flush()
     for text in dialogue.split("\n"):
         conversation.hear(text)
+    with open(path, encoding="utf-8") as file:
+        if file.read() == transcript(conversation, path):  # so /save to it loses nothing
+            conversation.saved.add(path)
     asked = "; /retry answers the last one" if len(conversation.utterances) % 2 else ""
     first = ", its first dialogue" if more else ""
     conversation.notice(f"({len(conversation.utterances)} utterances read from {path}{first}{asked})")

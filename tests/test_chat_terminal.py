@@ -159,13 +159,13 @@ def test_every_command_does_what_help_says(path, tmp_path):
         assert "turns: 1" in terminal.say("/stats") and "tokens/s" in terminal.text and "first token after" in terminal.text
         assert terminal.say("flush") == "(forgotten)"
         assert "context 0/128" in terminal.text.rstrip().splitlines()[-1]
-        assert "4 utterances read" in terminal.say("/load a b.JSONL")
+        assert "4 utterances read" in terminal.say("/load a b.JSONL") and "4 utterances written" in terminal.say("/save a b.JSONL")
         assert terminal.say("／undo") == "(turns left: 1)"
         assert terminal.say("/retry") == greedy
         assert terminal.say("/set best_of 4") == "best_of=4"
         assert terminal.say("吃饭")
         assert terminal.say("/load nothing.txt") == "there is no file nothing.txt"
-        (tmp_path / "odd.txt").write_text("你好\n在吗\n早\n")
+        (tmp_path / "odd.txt").write_text("你好\n在吗\n早\n\n另一个\n")
         assert "/retry answers the last one" in terminal.say("/load odd.txt")
         assert "exists" in terminal.say("/save odd.txt")
         assert terminal.say("今天") == "(the last line loaded has no answer yet: /retry answers it, /undo takes it back)"
