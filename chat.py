@@ -291,8 +291,7 @@ def speak(conversation):
 
 def command(conversation, text):
     """Does what a line that begins with / says."""
-    name, _, rest = text.partition(" ")
-    rest = rest.strip()
+    name, _, rest = map(str.strip, text.partition(" "))
     if name in ("/retry", "/undo", "/save") and not conversation.utterances:
         raise UserError("nothing was said yet")
     if name in ("/save", "/load") and not rest:

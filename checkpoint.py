@@ -148,8 +148,7 @@ def load(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        folder, name = os.path.split(path)
-        folder = folder or "."
+        folder, name = os.path.dirname(path) or ".", os.path.basename(path)
         earlier = sorted(glob.glob(os.path.join("before-*", glob.escape(name)), root_dir=folder))  # `set_aside` put it there
         if there := sorted(glob.glob("*.pth", root_dir=folder)) + earlier[-1:]:
             raise UserError(f"{path} does not exist; in {folder} there are {', '.join(there)}")

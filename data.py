@@ -134,7 +134,7 @@ def _jsonl_dialogues(file, path):
             continue
         try:
             entry = json.loads(line)
-            turns = entry["messages"] if "messages" in entry else entry["conversations"]
+            turns = entry.get("messages") or entry.get("conversations", entry.get("messages"))
             said = list(map(_turn, turns))
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {number} is not JSON: {error.msg} at column {error.colno}; each line should be an object")
@@ -154,7 +154,8 @@ def _jsonl_dialogues(file, path):
 
 def _turn(turn):
     """(role, its text in one line, "" where nothing is said) of a JSONL file's object."""
-    role, text = str(turn.get("role", turn.get("from"))).lower(), turn.get("content", turn.get("value"))
+    first = lambda *names: next((turn[name] for name in names if turn.get(name) is not None), None)  # where files are mixed, absent is null
+    role, text = str(first("role", "from")).lower(), first("content", "value")
     if role in UNSPOKEN or text is None and turn.keys() & {"content", "value", "tool_calls"}:
         return role, ""
     text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is no character
@@ -265,7 +266,7 @@ def corpus_of(settings):
         raise UserError("data_path is not set; name a corpus, for example data_path=data/sample_dialogues.txt")
     # To be raised: format when ids or the split would change, for older runs then cannot go on; LAYOUT when only the files do.
     corpus = dict(format=3, corpus=file_sha256(path), train_percent=settings.train_percent, seed=settings.seed)
-    return corpus | (dict(reader="jsonl") if _is_jsonl(path) else {})
+    return corpus | (dict(reader="jsonl 2") if _is_jsonl(path) else {})
 
 
 def identity(corpus, tokenizer):
@@ -308,9 +309,8 @@ def _write_store(folder, path, settings, tokenizer, grow, corpus):
 
     if tokenizer is None or grow:
         texts = (points[np.repeat(mask, lengths)] for points, lengths, mask in again("making the vocabulary"))
-        known, kind = tokenizer, "char" if grow else settings.tokenizer
-        tokenizer = tokenizer_module.train(kind, texts, settings.vocab_size, settings.min_freq)
-        tokenizer = known.grown(tokenizer, settings.vocab_size) if grow else tokenizer
+        made = tokenizer_module.train("char" if grow else settings.tokenizer, texts, settings.vocab_size, settings.min_freq)
+        tokenizer = tokenizer.grown(made, settings.vocab_size) if grow else made
         if tokenizer.size == len(tokenizer_module.SPECIALS):
             raise UserError(f"min_freq={settings.min_freq} and vocab_size={settings.vocab_size} leave no character of {path}: "
                             "lower the one (1 takes all), raise the other (empty: no limit)")
@@ -356,19 +356,16 @@ def cut(documents, block_size):
     target exactly once. An utterance longer than a row is cut where the row ends.
     """
     starts, lengths = documents.spans[:, 0], np.diff(documents.spans)[:, 0] - 1
-    long = lengths > block_size
-    more_starts, more_lengths = [], []
+    long, pieces = lengths > block_size, []
     for start, length in zip(starts[long], lengths[long]):
         while length > block_size:
             separators = np.flatnonzero(documents.ids[start + 1:start + block_size + 1] == SEP)
             piece = separators[-1] + 1 if len(separators) else block_size
-            more_starts.append(start)
-            more_lengths.append(piece)
+            pieces.append((start, piece))
             start, length = start + piece, length - piece
-        more_starts.append(start)
-        more_lengths.append(length)
-    return (np.concatenate([starts[~long], np.array(more_starts, dtype=np.int64)]),
-            np.concatenate([lengths[~long], np.array(more_lengths, dtype=np.int64)]))
+        pieces.append((start, length))
+    pieces = np.array(pieces, dtype=np.int64).reshape(-1, 2)  # of the long ones
+    return np.append(starts[~long], pieces[:, 0]), np.append(lengths[~long], pieces[:, 1])
 
 
 def pack(lengths, block_size, rng):

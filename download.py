@@ -54,6 +54,7 @@ def fetch_http(address, temporary, timeout):
     """Over HTTP, with a bar, from where an earlier try broke off."""
     have = os.path.getsize(temporary) if os.path.exists(temporary) else 0
     try:
+        address = urllib.parse.quote(address, safe="%/:=&?~#+!$,;'@()*[]")
         request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
         with urllib.request.urlopen(request, timeout=timeout) as response:
             resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")

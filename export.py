@@ -59,7 +59,7 @@ def write_folder(folder, model, tokenizer):
             do_sample=True, temperature=ChatSettings.temperature, top_p=ChatSettings.top_p, top_k=0, suppress_tokens=[UNK],
             min_new_tokens=1, max_new_tokens=min(ChatSettings.max_new_tokens, model.config.block_size // 2)),
         tokenizer_config=dict(
-            tokenizer_class="PreTrainedTokenizerFast", unk_token=SPECIALS[0], pad_token=SPECIALS[PAD], eos_token=SPECIALS[PAD],
+            tokenizer_class="PreTrainedTokenizerFast", unk_token=SPECIALS[UNK], pad_token=SPECIALS[PAD], eos_token=SPECIALS[PAD],
             padding_side="left", split_special_tokens=True, model_max_length=model.config.block_size, chat_template=CHAT_TEMPLATE,
             model_input_names=["input_ids", "attention_mask"]))  # transformers 4 would add a third
     os.mkdir(folder)
@@ -181,18 +181,18 @@ def gpt2(model, size):
 def tokenizer_of(ours):
     """A `tokenizers.Tokenizer` with the same ids, in which `<sep>` is the newline itself."""
     import tokenizers
+    first = {SPECIALS[UNK]: UNK, "\n": SEP, SPECIALS[PAD]: PAD}
     if isinstance(ours, BPETokenizer):
         description = json.loads(ours.description)
         model = description["model"]
-        model["vocab"] = {SPECIALS[0]: 0, "\n": SEP, SPECIALS[PAD]: PAD} | {
-            token: i + len(SPECIALS) for token, i in model["vocab"].items()}
+        model["vocab"] = first | {token: i + len(SPECIALS) for token, i in model["vocab"].items()}
         theirs = tokenizers.Tokenizer.from_str(json.dumps(description))
         theirs.add_tokens([tokenizers.AddedToken("\n", normalized=False)])
     else:  # byte-pair encoding without pairs: characters
-        vocabulary = {SPECIALS[0]: 0, "\n": SEP, SPECIALS[PAD]: PAD} | {c: i for i, c in enumerate(ours.vocabulary, len(SPECIALS))}
-        theirs = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token=SPECIALS[0]))
+        vocabulary = first | {c: i for i, c in enumerate(ours.vocabulary, len(SPECIALS))}
+        theirs = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token=SPECIALS[UNK]))
         theirs.decoder = tokenizers.decoders.Fuse()
-    theirs.add_special_tokens([SPECIALS[0], SPECIALS[PAD]])
+    theirs.add_special_tokens([SPECIALS[UNK], SPECIALS[PAD]])
     return theirs
 
 

@@ -318,8 +318,9 @@ class GPT(nn.Module):
         frequency, unigram = frequency / frequency.sum(), unigram / unigram.sum()
         score = torch.log1p(count / (prior * unigram[second]))
 
+        @torch.sparse.check_sparse_tensor_invariants(False)  # as an argument, torch 2.11 would warn that it is not said
         def sparse(values):
-            return torch.sparse_coo_tensor(torch.stack([first, second]), values, (V, V), is_coalesced=True, check_invariants=False)
+            return torch.sparse_coo_tensor(torch.stack([first, second]), values, (V, V), is_coalesced=True)
 
         weighted = sparse(score * (frequency[first, 0] * unigram[second]).sqrt())
         basis = torch.randn(V, min(C - 1, V), **exact)  # becomes the largest right singular vectors (Halko et al. 2011)
@@ -528,11 +529,10 @@ def adjust(logits, history, sampling):
     """Logits (B, V) with what `sampling` forbids at -inf; `history` (B, n) are the ids of the reply so far."""
     logits = logits.clone()
     logits.index_fill_(1, _on_device(tuple(sampling.banned), logits.device), -math.inf)
-    if sampling.repetition_penalty != 1 and history.shape[1]:  # Keskar et al. 2019
+    n, penalty = sampling.no_repeat_ngram, sampling.repetition_penalty
+    if penalty != 1:  # Keskar et al. 2019
         seen = logits.gather(1, history)
-        penalty = sampling.repetition_penalty
         logits.scatter_(1, history, torch.where(seen > 0, seen / penalty, seen * penalty))
-    n = sampling.no_repeat_ngram
     if 0 < n <= history.shape[1]:
         ngrams = history.unfold(1, n, 1)  # (B, m, n)
         last = history[:, history.shape[1] - n + 1:]  # (B, n - 1)

@@ -24,11 +24,10 @@ class BlockMuon(torch.optim.Muon):
             for parameter, block in zip(group["params"], group["blocks"]):
                 if parameter.grad is not None:
                     alike.setdefault((parameter.shape, *block), []).append(parameter)
-            for (shape, size, side), parameters in alike.items():
-                gradients = [parameter.grad for parameter in parameters]
-                for parameter in parameters:
                     if "momentum_buffer" not in self.state[parameter]:
                         self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            for (shape, size, side), parameters in alike.items():
+                gradients = [parameter.grad for parameter in parameters]
                 momentum = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
                 # On a CPU one matrix after the other, which stays in its cache meanwhile.
                 together = 1 if parameters[0].device.type == "cpu" else len(parameters)
@@ -103,11 +102,10 @@ def learning_rate(step, done, settings):
         done = step / settings.decay_steps  # the original's way
     floor = settings.min_lr / settings.lr if settings.lr else 0.0
     if settings.schedule == "cosine":
-        factor = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        height = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
     else:
-        share = settings.decay_share
-        factor = floor + (1 - floor) * (min(1.0, max(0.0, 1 - done) / share) if share else 1.0)
-    return factor * min(1.0, (step + 1) / (settings.warmup_steps + 1))
+        height = min(1.0, max(0.0, 1 - done) / settings.decay_share) if settings.decay_share else 1.0
+    return (floor + (1 - floor) * height) * min(1.0, (step + 1) / (settings.warmup_steps + 1))
 
 
 def share_done(settings, steps, minutes, epochs):

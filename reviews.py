@@ -2,12 +2,14 @@
 
 import codecs
 import csv
+import hashlib
 import io
 import json
 import math
 import sys
 
 import numpy as np
+import torch
 
 from settings import UserError
 from tokenizer import PAD
@@ -18,14 +20,11 @@ MOST_CLASSES = 100  # more different labels than that are no classes
 # Reading
 
 def read_text(path, advice=""):
-    """The text of a file in UTF-8, with or without BOM, GB18030, or UTF-16 with BOM; `-` is standard input. `advice` is for a file that
-    is not there."""
+    """The text of a file in UTF-8, with or without BOM, GB18030, or UTF-16 with BOM, its line ends \\n; `-` is standard input. `advice`
+    is for a file that is not there."""
     try:
-        if path == "-":
-            content = sys.stdin.buffer.read()
-        else:
-            with open(path, "rb") as file:
-                content = file.read()
+        with sys.stdin.buffer if path == "-" else open(path, "rb") as file:
+            content = file.read()
     except FileNotFoundError:
         raise UserError(f"{path or 'a file without a name'} does not exist{advice}")
     except OSError as error:
@@ -35,7 +34,7 @@ def read_text(path, advice=""):
     places = []
     for encoding in ["utf-16"] if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else ["utf-8-sig", "gb18030"]:
         try:
-            return content.decode(encoding)
+            return content.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError as error:
             places.append(error.start)
     raise UserError(f"{path} is neither UTF-8 (byte {places[0]}) nor GB18030 (byte {places[-1]}); save it as UTF-8")
@@ -45,11 +44,13 @@ def read_table(path, columns, advice=""):
     """The rows of a CSV file, of each the cells in these columns, which its first line names; what a short row lacks is empty.
 
     What stands between cells is the comma, semicolon or tab by which the first line names the columns."""
+    if path.lower().endswith((".json", ".jsonl")):
+        raise UserError(f"{path} is no table: save it as .csv, with {','.join(columns)} as its first line")
     csv.field_size_limit(1 << 30)
     text = read_text(path, advice)
-    open_by = lambda mark, **more: csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, delimiter=mark, **more)
+    open_by = lambda mark, **more: csv.reader(io.StringIO(text), skipinitialspace=True, delimiter=mark, **more)
     named = lambda mark: sum(name.strip().lower() in columns for name in next(filter(None, open_by(mark)), []))
-    reader = open_by(delimiter := max(",;\t", key=named), strict=True)
+    reader = open_by(delimiter := max("\t,;" if path.lower().endswith(".tsv") else ",;\t", key=named), strict=True)
     names, rows = [], []
     try:
         for row in reader:
@@ -61,7 +62,7 @@ def read_table(path, columns, advice=""):
                                         "name its columns, with commas between: label,review")
             elif any(field.strip() for field in row[len(names):]):
                 raise csv.Error(f'more fields than the first line names; a text with {delimiter!r} in it must stand in quotes: "…"')
-            else:
+            elif row or len(names) == 1:  # a blank line between rows of several cells is none
                 rows.append([row[place].strip() if place < len(row) else "" for place in map(names.index, columns)])
     except csv.Error as error:
         advice = '; a quotation mark " is not closed' if "unexpected end" in str(error) else ""
@@ -91,10 +92,8 @@ def read_reviews(path):
 
 def read_unlabelled(path):
     """The texts to be classified: a .csv's column review, else the lines."""
-    if path.lower().endswith((".json", ".jsonl")):
-        raise UserError(f"{path} is no text of a review a line: save it as .csv with a column review, or as such a text")
-    if not path.lower().endswith((".csv", ".tsv")):
-        texts = [line.rstrip("\n") for line in io.StringIO(read_text(path), newline=None)]
+    if not path.lower().endswith((".csv", ".tsv", ".json", ".jsonl")):
+        texts = [line.rstrip("\n") for line in io.StringIO(read_text(path))]
     else:
         texts = [text for text, in read_table(path, ("review",))]
     if not texts:
@@ -102,7 +101,12 @@ def read_unlabelled(path):
     return texts
 
 
-# Splitting: reviews of the same text are always on the same side.
+# Splitting: reviews of the same text are always on the same side, but for those of split_path.
+
+def hashes(texts):
+    """(N,) int64, a number for each text that no other has."""
+    return torch.tensor([int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=7).digest()) for text in texts])
+
 
 def deal(texts, labels, among, parts, seed):
     """Which of `parts` (shares that add up to 1) each review of `among` gets: stratified by class, duplicates together."""

@@ -176,7 +176,12 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
     begin, device = time.perf_counter(), runtime.device
     training, validation, test = parts
     torch.manual_seed(seed)
-    classifier, tokenizer, block_size = make_classifier(settings, runtime, names)
+    classifier, tokenizer, block_size, met = make_classifier(settings, runtime, names)
+    numbers = reviews.hashes(texts)
+    met = torch.cat([met, numbers[training], numbers[validation]]).unique()
+    if known := torch.isin(numbers[test], met).sum():
+        runtime.say(f"warning: {known} of the {len(test)} reviews that are tested on have also been trained on, as copies in another part "
+                    f"or before by base_model={settings.base_model}: the figures will be too high")
     uncut = tokenizer.encode_batch(texts)  # the n-grams see all of a review
     rows = reviews.encode(uncut, classifier.gpt.config.vocab_size - NEW, block_size)
     lengths = np.array([len(row) for row in rows])
@@ -263,8 +268,8 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
             best, worse = told, 0
             best_state = {name: value.cpu().clone() for name, value in classifier.state_dict().items()}
             if runtime.main:
-                save(folder, step, classifier, linear, tokenizer, names, block_size, dataclasses.replace(settings, seed=seed), history,
-                     bar.write if epoch == 1 else None)
+                save(folder, step, classifier, linear, tokenizer, names, block_size, met, dataclasses.replace(settings, seed=seed),
+                     history, bar.write if epoch == 1 else None)
     bar.close()
 
     classifier.load_state_dict(best_state)
@@ -283,7 +288,8 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
 
 
 def make_classifier(settings, runtime, names):
-    """(classifier, tokenizer, block size) from the checkpoint base_model, which is a GPT or a classifier."""
+    """(classifier, tokenizer, block size, hashes of what it was trained on as a classifier) from the checkpoint base_model, which
+    is a GPT or a classifier."""
     gpt, tokenizer, meta = checkpoint.load_model(settings.base_model, corpus=settings.data_path)
     earlier = meta.get("classifier")
     gpt = extended(gpt, 0 if earlier else NEW, settings.dropout, like=SEP)
@@ -293,13 +299,13 @@ def make_classifier(settings, runtime, names):
     classifier = Classifier(gpt, len(names), settings.use_mask, settings.causal)
     if earlier and earlier["names"] == names:
         classifier.classifier.load_state_dict(earlier["head"])
-    return classifier, tokenizer, block_size
+    return classifier, tokenizer, block_size, (earlier or {}).get("met", torch.zeros(0, dtype=torch.int64))
 
 
-def save(folder, step, classifier, linear, tokenizer, names, block_size, settings, history, tell=None):
+def save(folder, step, classifier, linear, tokenizer, names, block_size, met, settings, history, tell=None):
     """Writes all that prediction needs into one checkpoint, which is also a GPT's. `tell`: as checkpoint.save has it."""
     head = dict(head=classifier.classifier.state_dict(), names=names, block_size=block_size, use_mask=classifier.use_mask,
-                causal=classifier.causal, ngrams=vars(linear) if linear else None)
+                causal=classifier.causal, met=met, ngrams=vars(linear) if linear else None)
     content = checkpoint.describe(classifier.gpt, tokenizer) | dict(
         classifier=head, optimizer=None, scaler=None, progress=dict(step=step, epoch=len(history)),
         random=dict(seed=settings.seed), settings=dataclasses.asdict(settings), metrics=history[-1])
@@ -309,9 +315,8 @@ def save(folder, step, classifier, linear, tokenizer, names, block_size, setting
 def load(path):
     """(classifier, its n-gram model or None, tokenizer, what else was saved of it) of a file that `save` wrote."""
     gpt, tokenizer, meta = checkpoint.load_model(path)
-    if "classifier" not in meta:
+    if (saved := meta.get("classifier")) is None:
         raise UserError(f"{path} is no classifier; make one: python sentimentalTrain.py config/demoSentimental.yaml base_model={path}")
-    saved = meta["classifier"]
     classifier = Classifier(gpt, len(saved["names"]), saved["use_mask"], saved["causal"])
     classifier.classifier.load_state_dict(saved["head"])
     return classifier.eval(), Ngrams(**saved["ngrams"]) if saved["ngrams"] else None, tokenizer, saved

@@ -131,16 +131,15 @@ IGNORED = {"ddp", "local_rank", "world_size"}  # the original's: torchrun's envi
 KNOWN = IGNORED.union(*({f.name for f in dataclasses.fields(script)} for script in SCRIPTS))
 
 
-def _parse(name, value, field, hint):
+def _parse(field, value):
     """`value` as the field's type; YAML and command lines give strings where numbers were meant."""
+    name, hint = field.name, field.type
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None or (isinstance(value, str) and value.strip().lower() in ("", "null", "none", "~")):
         if types.NoneType in allowed:
             return None
         raise UserError(f"{name} is empty; it needs a value ({field.metadata['help']})")
-    for kind in allowed:
-        if kind is types.NoneType:  # dealt with above
-            continue
+    for kind in (kind for kind in allowed if kind is not types.NoneType):  # that is dealt with above
         try:
             if kind is bool:
                 parsed = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[str(value).lower()]
@@ -200,9 +199,7 @@ def build(script, values):
     for name in values:
         if name not in KNOWN:
             raise UserError(f"unknown key {name!r}; did you mean {_nearest(str(name))!r}? --help lists the keys")
-    hints = typing.get_type_hints(script)
-    parsed = {f.name: _parse(f.name, values[f.name], f, hints[f.name]) for f in dataclasses.fields(script) if f.name in values}
-    settings = script(**parsed)
+    settings = script(**{f.name: _parse(f, values[f.name]) for f in dataclasses.fields(script) if f.name in values})
     _check_pairs(settings)
     return settings
 

@@ -80,7 +80,7 @@ def train(settings, runtime, dry_run, begin):
     if runtime.main:
         checkpoint.make_folder(settings.checkpoint_root, f"checkpoint_root={settings.checkpoint_root}")
         runtime.processes.claim(settings.checkpoint_root)
-    saved_step, saved_path = progress["step"] if same_run else -1, path
+    saved_step, saved_path = begun if same_run else -1, path
     metrics = saved["metrics"] if same_run else {}
     saved = None  # gives its memory back
     peak = rt.peak_flops(runtime)  # here: the compiler's processes, once started, take the cores for a while
@@ -103,12 +103,11 @@ def train(settings, runtime, dry_run, begin):
 
     learn = Recorded(learn) if record else learn
     stopping = rt.StopSignal(runtime.processes)
-    writer = rt.tensorboard(runtime, settings.tensorboard_path, progress["step"])
+    writer = rt.tensorboard(runtime, settings.tensorboard_path, begun)
     samples = sample_prompts(held_out, tokenizer, settings.block_size)
-    refused = 0
-    earlier = progress["minutes"]
-    bar = rt.step_bar(runtime, initial=progress["step"])
-    tick, tick_tokens, mean_loss = time.perf_counter(), 0, None
+    bar = rt.step_bar(runtime, initial=begun)
+    earlier, refused, mean_loss = progress["minutes"], 0, None
+    tick, tick_tokens = time.perf_counter(), 0
 
     while True:
         minutes, wish = rt.add_up(runtime, (earlier + (time.perf_counter() - begin) / 60) * runtime.main, bool(stopping))

@@ -70,6 +70,16 @@ def test_both_forms_of_jsonl_are_read(tmp_path):
     assert list(data.read_dialogues(str(path))) == ["你 好\n嗯", "吃了吗\n吃了"]
 
 
+def test_jsonl_whose_rows_have_the_keys_of_both_forms_is_read(tmp_path):
+    """As tables of both kinds in one have them: what a row has not is null or empty."""
+    path = tmp_path / "c.jsonl"
+    said = [{"from": "system", "value": "x"}, {"from": "human", "value": "吃了吗"}, {"from": "gpt", "value": "吃了"}]
+    rows = [{"messages": none, "conversations": [turn | {"role": None, "content": None} for turn in said]} for none in (None, [])]
+    rows += [{"messages": [{"role": "user", "content": "好", "from": None, "value": None}], "conversations": None}, {"messages": []}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert list(data.read_dialogues(str(path))) == ["吃了吗\n吃了"] * 2 + ["好"]
+
+
 def test_speakers_in_jsonl_take_turns_where_turns_are_empty_or_nobody_s(tmp_path):
     path = tmp_path / "c.jsonl"
     turns = [("System", "快"), ("user", "在吗"), ("user", "几点了"), ("assistant", None), ("tool", '{"time": 9}'), ("assistant", "九点"),

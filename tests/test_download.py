@@ -103,6 +103,12 @@ def test_a_file_arrives_whole_and_alone(server, reviews, capsys):
     assert "checked" in capsys.readouterr().out and len(server.seen) == 1
 
 
+def test_an_address_may_be_written_as_people_read_it(server, reviews):
+    server.contents["/%E6%95%B0%E6%8D%AE%201/a%20b.csv"] = BODY
+    download.get(dataclasses.replace(reviews, address=f"{server.address}/数据 1/a%20b.csv"))
+    check_body(reviews.path)
+
+
 def test_a_right_file_is_left_alone(server, reviews, capsys):
     download.get(reviews)
     before = os.stat(reviews.path)

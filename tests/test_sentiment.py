@@ -465,6 +465,31 @@ def test_a_classifier_can_start_from_a_classifier(config, tmp_path, monkeypatch)
     assert metrics(tmp_path / "second")["accuracy"] == metrics(tmp_path / "out")["accuracy"]
 
 
+def test_reviews_tested_on_that_were_trained_on_are_counted(config, tmp_path, monkeypatch, capsys):
+    """By a classifier that is started from, or one before that, and as copies where the test sets are given."""
+    texts, labels, names, _ = reviews.read_reviews(str(tmp_path / "reviews.csv"))
+    tested = {}
+    for seed in (1337, 5, 6):
+        (_, _, _, _, test), = reviews.splits(texts, labels, names, settings(seed=seed, train_percent=0.7))
+        tested[seed] = set(test)
+    run(monkeypatch, config, "max_epoch=1")
+    for seed, base in ((1337, "out"), (5, "out5")):
+        assert "warning" not in capsys.readouterr().out
+        run(monkeypatch, config, f"base_model={tmp_path}/out/best.pth", f"seed={seed}", "max_epoch=1",
+            f"checkpoint_root={tmp_path}/{base}x")
+    both = len(tested[5] - tested[1337])
+    assert f"warning: {both} of the {len(tested[5])} reviews" in capsys.readouterr().out
+    run(monkeypatch, config, f"base_model={tmp_path}/out5x/best.pth", "seed=6", f"checkpoint_root={tmp_path}/out6", "--dry-run")
+    both = len(tested[6] - (tested[5] & tested[1337]))
+    assert f"warning: {both} of the {len(tested[6])} reviews" in capsys.readouterr().out
+
+    with open(tmp_path / "reviews.csv", "a") as file:
+        file.write(f'1,"{texts[0]}"\n')
+    (tmp_path / "split.json").write_text("[[0, 1, 2, 3]]")
+    run(monkeypatch, config, f"split_path={tmp_path}/split.json", "--dry-run")
+    assert "warning: 1 of the 4 reviews" in capsys.readouterr().out
+
+
 def test_a_base_in_checkpoint_root_is_refused_and_stays(config, tmp_path, monkeypatch):
     """The run would put its classifier in the base's place, and the same command would start from that, trained on the new test part."""
     run(monkeypatch, config, "max_epoch=1")
@@ -553,6 +578,16 @@ def test_tables_as_other_programs_write_them_are_read(tmp_path, delimiter, encod
     assert reviews.read_reviews(str(tmp_path / "a.csv"))[0] == ["好，很好, 真的", "坏; 很坏"]
 
 
+def test_blank_lines_of_a_table_are_no_rows_and_line_ends_in_cells_are_newlines(tmp_path):
+    (tmp_path / "a.csv").write_text('label,review\r\n\r\n1,"好\r\n很好"\r\n\r\n0,\r\n,坏\r\n', newline="")
+    assert reviews.read_unlabelled(str(tmp_path / "a.csv")) == ["好\n很好", "", "坏"]
+
+
+def test_a_tsv_of_one_column_has_tabs_between_cells(tmp_path):
+    (tmp_path / "a.tsv").write_text("review\ngood, cheap\nbad; dirty\n")
+    assert reviews.read_unlabelled(str(tmp_path / "a.tsv")) == ["good, cheap", "bad; dirty"]
+
+
 def test_a_space_before_a_quote_is_none_of_the_text(tmp_path):
     (tmp_path / "a.csv").write_text('label, review\n1, "好, 很好"\n0, 坏\n', encoding="utf-8")
     assert reviews.read_reviews(str(tmp_path / "a.csv"))[0] == ["好, 很好", "坏"]
@@ -564,6 +599,14 @@ def test_predicting_says_what_is_missing_and_takes_a_run_s_folder(config, tmp_pa
     assert capsys.readouterr().out.count("\t") == 1
     with pytest.raises(UserError, match=r"none.csv does not exist$"):
         run(monkeypatch, str(tmp_path / "out"), "--predict", str(tmp_path / "none.csv"))
+
+
+def test_reviews_in_json_are_refused_by_name(config, tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"label": 1, "review": "好"}\n')
+    with pytest.raises(UserError, match="a.jsonl is no table: save it as .csv, with label,review as its first line"):
+        run(monkeypatch, config, f"sentimental_data_path={tmp_path}/a.jsonl")
+    with pytest.raises(UserError, match="with review as its first line"):
+        reviews.read_unlabelled(str(tmp_path / "a.jsonl"))
 
 
 @pytest.mark.parametrize("content, says", [
