@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 import settings as settings_module
 import tokenizer as tokenizer_module
+from data import file_sha256
 from model import GPT, GPTConfig
 from settings import UserError
 from tokenizer import PAD, CharTokenizer
@@ -154,7 +155,8 @@ def load(path):
             raise UserError(f"{path} does not exist; in {folder} there are {', '.join(there)}")
         if os.path.basename(folder) == "pretrained":
             raise UserError(f"{path} does not exist; download it: python data.py download pretrained")
-        raise UserError(f"{path} does not exist; train one first (python train.py CONFIG), or name another")
+        raise UserError(f"{path} does not exist; train one first (python train.py CONFIG, a classifier: python sentimentalTrain.py "
+                        "CONFIG), or name another")
     except IsADirectoryError:
         raise UserError(f"{path} is a folder; name a file in it, {os.path.join(path, 'best.pth')} say")
     except pickle.UnpicklingError:
@@ -250,7 +252,7 @@ def from_original(content, path, corpus):
         config = GPTConfig(arch="gpt2", tied=tied, **shape)
         weights |= {name: _padded(weights[name], config.rows) for name in ("embedding.weight", "head.weight")}
         optimizer = _optimizer_state(content, config)
-        progress = dict(step=int(content["global_step"]), epoch=int(content.get("global_epoch", 0)), store=None)
+        progress = dict(step=int(content["global_step"]), epoch=int(content.get("global_epoch", 0)), original=file_sha256(corpus))
     except (KeyError, TypeError, IndexError, AttributeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{path} looks like one of the original's files but is not complete: {error!r}")
     tokenizer = original_vocabulary(corpus, config.vocab_size, path)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from settings import UserError
+from settings import FULL, UserError
 
 # Dense bfloat16 peaks in FLOP/s, from the makers' data sheets (Volta and Turing: float16).
 PEAKS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "H20": 148e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12,
@@ -131,8 +131,8 @@ class Processes:
             os.close(place)
         if full := isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
                 "can't allocate memory" in str(error) and not isinstance(error, UserError)):
-            error = UserError(f"rank {self.rank}: the memory is full; micro_batch=1 holds a row at a time, checkpointing=True takes "
-                              "a third more time; what was saved is whole")
+            error = UserError(f"rank {self.rank}: the memory is full; micro_batch=1 holds a row at a time, a smaller block_size "
+                              "less, checkpointing=True takes a third more time; what was saved is whole")
         if error is None:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -293,14 +293,14 @@ def add_up(runtime, *values):
 
 
 class _Output(io.FileIO):
-    """A terminal that may be closed, before SIGHUP is noticed even, or a pipe to `tee`, which Ctrl-C ends as well: what is written then
-    is lost, which is no error."""
+    """A terminal that may be closed, before SIGHUP is noticed even, a pipe to `tee`, which Ctrl-C ends as well, or a file on a full disk:
+    what is written then is lost, which is no error."""
 
     def write(self, content):
         try:
             return super().write(content)
         except OSError as error:
-            if error.errno not in (errno.EIO, errno.EPIPE):
+            if error.errno not in (errno.EIO, errno.EPIPE, *FULL):
                 raise
             return len(content)
 
@@ -331,6 +331,19 @@ class StopSignal:
 
     def __bool__(self):
         return self.name is not None or self.parent not in (None, os.getppid())
+
+
+@contextlib.contextmanager
+def undisturbed(wish=True):
+    """Signals wait for the end of this, if so wished, also in programs and threads started within: Ctrl-C goes to all of a terminal's
+    programs, and a linker that it ended would leave half a file in PyTorch's cache, on which every later run would fail."""
+    wish = wish and os.name == "posix"
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)) if wish else None
+    try:
+        yield
+    finally:
+        if wish:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def peak_flops(runtime):

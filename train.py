@@ -56,7 +56,7 @@ def train(settings, runtime, dry_run, begin):
     documents, held_out, made = data.Documents(store, "train"), data.Documents(store, "val"), data.manifest(store)
     torch.manual_seed(settings.seed)
     model = make_model(settings, tokenizer, path, saved, runtime)
-    progress, same_run = starting_point(settings, runtime, path, saved, made["identity"])
+    progress, same_run = starting_point(settings, runtime, path, saved, made)
     if begun := progress["step"]:
         runtime.say(f"going on from {path} at step {begun}")
     epoch = data.Epoch(documents, settings.block_size, settings.seed, progress["epoch"])
@@ -82,6 +82,8 @@ def train(settings, runtime, dry_run, begin):
         runtime.processes.claim(settings.checkpoint_root)
     saved_step, saved_path = begun if same_run else -1, path
     metrics = saved["metrics"] if same_run else {}
+    if runtime.main and metrics.get("step") == begun and metrics["loss"] == progress["best"]:
+        checkpoint.name_also(path, "best.pth")  # it may have been ended just before
     saved = None  # gives its memory back
     peak = rt.peak_flops(runtime)  # here: the compiler's processes, once started, take the cores for a while
     if settings.compile:
@@ -117,7 +119,9 @@ def train(settings, runtime, dry_run, begin):
         due = not wish and step not in (0, progress["scored"]) and (finished or step % settings.eval_freq == 0)
         better = False
         if due and saved_step >= 0:  # a run's first evaluation comes after its first save, below: memory may not hold it
-            metrics = evaluate(model, held_out, tokenizer, settings, runtime) | dict(step=step)
+            before, metrics = metrics.get("tokens"), evaluate(model, held_out, tokenizer, settings, runtime) | dict(step=step)
+            if before not in (None, metrics["tokens"]):  # eval_steps or test_batch is another: losses do not compare
+                progress |= dict(best=math.inf, worse=0)
             better = metrics["loss"] < progress["best"] or not metrics["tokens"]  # with nothing held out, the newest is the best
             progress |= dict(scored=step, best=min(progress["best"], metrics["loss"]), worse=0 if better else progress["worse"] + 1)
             if runtime.main:
@@ -156,12 +160,15 @@ def train(settings, runtime, dry_run, begin):
         if finished:
             bar.close()
             best = f", and best.pth with the best validation loss, {progress['best']:.4f}" if math.isfinite(progress["best"]) else ""
-            poor = best and progress["best"] > math.log(tokenizer.size)
+            poor = best and progress["best"] > math.log(tokenizer.size) + 0.1  # where an untrained model may be
             best += f", which is worse than guessing ({math.log(tokenizer.size):.4f}): lower lr={settings.lr}" if poor else ""
+            learnt = mean_loss is not None and mean_loss < progress["best"]  # its training text, better than best.pth
             last = "last.pth" + (" (it knows its training text better than best.pth)" if best and not poor else "")
-            name = "best.pth" if progress["best"] == metrics.get("loss") or best and settings.patience else last
+            name = "best.pth" if progress["best"] == metrics.get("loss") or best and (settings.patience or not learnt) else last
             why = f" ({settings.patience} evaluations without improvement)" if share < 1 else ""
             limits = "patience" if why else "max_steps, max_minutes or max_epoch"
+            slow = settings.compile and minutes >= (settings.max_minutes or math.inf) and step - begun < 20
+            why += " (most of them went into compiling: raise max_minutes, or give compile=False)" if slow else ""
             why += f" (nothing was left to do: raise {limits})" if step == begun else ""
             runtime.say(f"finished after {step} steps and {minutes:.1f} minutes{why}: {settings.checkpoint_root}/last.pth{best}\n"
                         f"talk to it: python chat.py {shlex.quote(settings.checkpoint_root)}/{name}")
@@ -174,7 +181,8 @@ def train(settings, runtime, dry_run, begin):
         first = progress["row"] + runtime.rank * rows
         count = epoch.real_targets(progress["row"], progress["row"] + settings.train_batch)
         tensors = runtime.tensors(*epoch.batch(first, first + rows))
-        total = learn(*tensors, torch.full((), runtime.world / count, device=device))  # DDP takes the mean over processes
+        with rt.undisturbed(settings.compile):
+            total = learn(*tensors, torch.full((), runtime.world / count, device=device))  # DDP takes the mean over processes
         norm = update(optimizers, scaler, model, settings, distributed is not None, keep=record and learn.graph is not None)
         refused = 0 if math.isfinite(norm) else refused + 1
         if refused == 20:
@@ -259,20 +267,20 @@ def make_model(settings, tokenizer, path, saved, runtime):
     return model
 
 
-def starting_point(settings, runtime, path, saved, identity):
-    """(progress, same_run): where the run begins, and whether it goes on in the folder of its checkpoint.
+def starting_point(settings, runtime, path, saved, made):
+    """(progress, same_run): where the run begins, and whether it goes on in the folder of its checkpoint. `made`: the store's manifest.
 
     A new run, and one on another corpus than its checkpoint's (or from a classifier), begins at step 0; else it begins at its
     checkpoint's step. It does not go on in the folder where that is another's, or has later files: then it counts its best anew, and its
     first save sets aside what lies in checkpoint_root, for pruning would take the later files for the newest.
     """
-    anew = dict(step=0, epoch=0, row=0, tokens=0, minutes=0.0, best=math.inf, worse=0, scored=0, store=identity)
+    anew = dict(step=0, epoch=0, row=0, tokens=0, minutes=0.0, best=math.inf, worse=0, scored=0, store=made["identity"])
     if not saved:
         return anew, False
     progress = anew | saved["progress"]
-    if progress["store"] is None:  # the original's: it kept no place in the data
-        return progress | dict(store=identity), False
-    if saved["progress"].get("store") != identity:  # a classifier's has none
+    if progress.pop("original", None) == made["corpus"]:  # it kept no place in the data
+        return progress | dict(store=made["identity"]), False
+    if saved["progress"].get("store") != made["identity"]:  # a classifier's has none
         runtime.say(f"{settings.data_path}, or what is held out of it, is not what {path} was trained on: a new run with its "
                     "weights, from step 0")
         saved["optimizer"] = None
@@ -301,8 +309,10 @@ def load_optimizers(optimizers, scaler, saved):
 def compile_or_say(model, runtime):
     """Compiles the model's parts after a trial of the compiler; where it does not work, says why and goes on without."""
     try:
-        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=runtime.device))
+        with rt.undisturbed():
+            torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=runtime.device))
         model.compile_parts()
+        runtime.say("compile=True: the first step takes a minute or so, and Ctrl-C waits for its end")
     except Exception as error:
         runtime.say(f"compile=True does not work here, going on without: {str(error).splitlines()[0]}")
 

@@ -244,6 +244,22 @@ def test_training_goes_on_from_the_originals_file_and_leaves_it_alone(tmp_path):
     assert again.returncode == 0 and checkpoint.newest(str(tmp_path / "new"))[1]["progress"]["step"] == 11, again.stderr
 
 
+@pytest.mark.soak
+def test_a_converted_file_goes_on_with_its_corpus_and_begins_anew_with_another(tmp_path):
+    path, corpus, _, _ = write_original(tmp_path, steps=2, text="".join(f"你好{c}\n好{c}\n\n" for c in "甲乙丙丁戊己庚辛" * 4))
+    target, other = str(tmp_path / "out.pth"), tmp_path / "other.txt"
+    assert convert(path, "--corpus", corpus, target).returncode == 0
+    other.write_text("".join(f"你{c}\n好{c}\n\n" for c in "甲乙丙丁" * 8))
+    config = tmp_path / "config.yaml"
+    config.write_text("block_size: 16\nn_layer: 2\nn_head: 2\nn_embd: 16\ntrain_batch: 2\ntensorboard_path: none\ndevice: cpu\n")
+    for text, says, step in ((corpus, "at step 7", 9), (other, "a new run with its weights, from step 0", 2)):
+        done = subprocess.run([sys.executable, os.path.join(ROOT, "train.py"), config, f"data_path={text}", f"resume_from={target}",
+                               f"max_steps={step}", f"checkpoint_root={tmp_path}/{step}"], capture_output=True, text=True)
+        assert done.returncode == 0 and says in done.stdout, done.stdout + done.stderr
+        content = checkpoint.read(str(tmp_path / str(step) / "last.pth"))
+        assert content["progress"]["step"] == step and content["optimizer"][0]["state"][0]["step"] == (4 if step == 9 else 2)
+
+
 SHAPES = {"90M": (12, 12, 768), "300M": (26, 15, 960)}
 
 

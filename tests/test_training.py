@@ -1,5 +1,7 @@
 """The training loop of train.py in one process. Signals go to real processes; the rest runs in this one."""
 
+import contextlib
+import glob
 import os
 import random
 import re
@@ -99,6 +101,63 @@ def test_going_on_says_from_where_and_why_it_ends(trained):
     assert "(2 evaluations without improvement) (nothing was left to do: raise patience): " in output
     _, output, _ = trained(max_steps=2, lr=1000.0, muon_lr=1000.0)
     assert "which is worse than guessing (" in output and "): lower lr=1000.0\n" in output and "it knows its training text" not in output
+    _, output, folder = trained(max_steps=30, eval_freq=10)
+    _, output, _ = trained(max_steps=60, eval_freq=10, resume_from="auto", lr=1.0, muon_lr=3.0)
+    assert runs.checkpoint(folder, "best.pth")["progress"]["step"] == 30 and "chat.py " + str(folder / "best.pth") in output
+    _, output, _ = trained(max_steps=2, lr=0.0, muon_lr=0.0)
+    assert "finished after 2 steps" in output and "guessing" not in output
+
+
+def test_losses_of_other_held_out_dialogues_are_not_compared(trained):
+    """Going on with another eval_steps: the few of before may have been easier."""
+    trained(max_steps=10, eval_freq=10)
+    first = runs.checkpoint(trained(max_steps=20, eval_freq=10, eval_steps=1, test_batch=1)[2])["metrics"]
+    _, output, folder = trained(max_steps=22, eval_freq=1, patience=1, lr=0.0, muon_lr=0.0, resume_from="auto")
+    content = runs.checkpoint(folder, "best.pth")
+    assert content["progress"]["step"] == 21 and content["metrics"]["tokens"] > first["tokens"]
+    assert "finished after 22 steps" in output
+
+
+def test_the_best_weights_get_their_name_when_a_run_was_killed_before(trained, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(path, name, old=train.checkpoint.name_also):
+        if name == "best.pth" and path.endswith("cpt20.pth"):
+            raise Killed
+        old(path, name)
+    monkeypatch.setattr(train.checkpoint, "name_also", killed)
+    with pytest.raises(Killed):
+        trained(max_steps=40, eval_freq=10)
+    monkeypatch.undo()
+    _, output, folder = trained(max_steps=40, eval_freq=1, patience=1, lr=1.0, muon_lr=3.0, resume_from="auto")
+    best = runs.checkpoint(folder, "best.pth")
+    assert best["progress"]["step"] == 20 and f"validation loss, {best['metrics']['loss']:.4f}" in output
+
+
+@pytest.mark.soak
+def test_ctrl_c_while_the_step_is_compiled_leaves_no_half_compiled_step(tmp_path):
+    """Ctrl-C goes to the compiler's programs as well: what they leave behind, later runs load."""
+    cache = dict(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    config = runs.write_config(str(tmp_path), compile=True, max_steps=3)
+    process = runs.start(config, **cache)
+
+    said = next((line for line in process.stdout if "the first step takes" in line), None)  # what is compiled from here on is the step
+    assert said
+
+    def compiling():
+        of_group = []
+        for path in glob.glob("/proc/[0-9]*/stat"):
+            with contextlib.suppress(OSError), open(path) as file:
+                name, _, rest = file.read().partition("(")[2].rpartition(")")
+                of_group += [name] * (int(rest.split()[2]) == process.pid)
+        return {"cc1plus", "ld", "as", "collect2"} & set(of_group)
+    runs.wait_for(lambda: process.poll() is not None or compiling())
+    os.killpg(process.pid, signal.SIGINT)
+    status, output = runs.finish(process)
+    assert status == 0 and "stopped at step" in output and "does not work here" not in output, output
+    output = runs.run(config, "resume_from=auto", **cache)
+    assert "finished after 3 steps" in output and "does not work here" not in output
 
 
 def test_a_second_run_in_a_folder_is_refused_as_long_as_the_first_lives(tmp_path):
@@ -150,6 +209,12 @@ def test_a_reader_of_the_output_that_ends_first_costs_no_step(tmp_path):
     runs.wait_for(lambda: os.path.exists(tmp_path / "checkpoints/cpt20.pth"))
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 0 and runs.checkpoint(tmp_path / "checkpoints")["progress"]["step"] >= 20
+
+
+def test_a_full_disk_under_the_log_costs_no_step():
+    code = "import runtime as rt; rt.StopSignal(rt.Processes()); print('x' * 10**6); print('y'); rt.os.write(2, b'went on')"
+    done = subprocess.run([sys.executable, "-c", code], stdout=open("/dev/full", "w"), stderr=subprocess.PIPE, text=True, cwd=runs.ROOT)
+    assert done.returncode == 0 and done.stderr == "went on"
 
 
 def test_closed_standard_streams_are_no_error(tmp_path):
