@@ -50,7 +50,7 @@ class Conversation:
         self.attempts = 0  # replies so far: each draws other random numbers
         self.interrupted = False  # set it at any time to stop a reply after the token that is being made
         self.tokens, self.seconds, self.first_seconds = 0, 0.0, 0.0  # of the last reply
-        self.banned = tokenizer.banned(model.config.vocab_size)
+        self.banned, self.exempt = tokenizer.banned(model.config.vocab_size), tokenizer.parts()
         self.flush()
 
     def flush(self):
@@ -78,7 +78,9 @@ class Conversation:
         size = self.model.config.block_size
         room = size - min(self.settings.max_new_tokens, size // 2)
         if self.used() > room:
-            while self.first + 2 < len(self.utterances) and self.used() > room // 2:
+            left = sum(len(ids) + 1 for _, ids in self.utterances[self.first:])
+            while self.first + 2 < len(self.utterances) and left > room // 2:
+                left -= sum(len(ids) + 1 for _, ids in self.utterances[self.first:self.first + 2])
                 self.first += 2
         ids = [i for _, utterance in self.utterances[self.first:] for i in (*utterance, SEP)]
         if len(ids) > room:
@@ -93,7 +95,8 @@ class Conversation:
         self.cache.length = before = min(same, self.cache.length, len(context) - 1)
         new = context[before:]
         settings, device = self.settings, self.model.embedding.weight.device
-        sampling = Sampling(min_new_tokens=1, banned=self.banned, **{name: getattr(settings, name) for name in SAMPLING})
+        chosen = {name: getattr(settings, name) for name in SAMPLING}
+        sampling = Sampling(min_new_tokens=1, banned=self.banned, exempt=self.exempt, **chosen)
         generator = torch.Generator(device)
         if settings.seed is None:
             generator.seed()
@@ -184,7 +187,9 @@ def find_checkpoint(settings):
 def load(path, settings):
     """(model, tokenizer) of a checkpoint, on the device and in the precision that the settings ask for."""
     runtime = rt.start(settings)
-    model, tokenizer, _ = checkpoint.load_model(path, corpus=settings.data_path)
+    model, tokenizer, meta = checkpoint.load_model(path, corpus=settings.data_path)
+    if "classifier" in meta:
+        print(f"{path} is a classifier: the model that it was made from talks better", file=sys.stderr)
     model.requires_grad_(False).to(runtime.device, runtime.dtype)
     if settings.quantize:
         quantize(model, settings.quantize)
@@ -291,7 +296,7 @@ def speak(conversation):
 
 def command(conversation, text):
     """Does what a line that begins with / says."""
-    name, _, rest = map(str.strip, text.partition(" "))
+    name, rest = (text.strip().split(None, 1) + [""])[:2]  # a full-width space divides too
     if name in ("/retry", "/undo", "/save") and not conversation.utterances:
         raise UserError("nothing was said yet")
     if name in ("/save", "/load") and not rest:
@@ -322,11 +327,11 @@ def command(conversation, text):
 
 def change(conversation, rest):
     """/set: shows the values, or changes one."""
-    name, _, value = rest.replace("=", " ", 1).partition(" ")
+    name, value = (rest.replace("＝", "=").replace("=", " ", 1).split(None, 1) + ["", ""])[:2]
     if name and name not in ADJUSTABLE:
         raise UserError(f"{name} cannot be set; the keys: {', '.join(ADJUSTABLE)}")
-    if value.strip():
-        values = dataclasses.asdict(conversation.settings) | {name: value.strip()}
+    if value:
+        values = dataclasses.asdict(conversation.settings) | {name: value}
         conversation.settings = settings_module.build(ChatSettings, values)
         conversation.attempts = 0 if name == "seed" else conversation.attempts
     print("  ".join(f"{key}={getattr(conversation.settings, key)}" for key in ([name] if name else ADJUSTABLE)))

@@ -35,6 +35,8 @@ def export(path, target):
     write, reader = write_folder, "transformers' AutoModelForCausalLM and AutoTokenizer"
     if target.lower().endswith(".gguf"):
         write, reader = write_gguf, f"llama.cpp: llama-server -m {shlex.quote(target)}"
+    elif os.path.splitext(target)[1].lower() in (".onnx", ".safetensors", ".bin", ".pt", ".pth"):
+        raise UserError(f"{target} would be a folder: name one without that ending, or a file NAME.gguf")
     if os.path.lexists(target):
         raise UserError(f"{target} exists; name a new folder, or a new file NAME.gguf")
     model, tokenizer, _ = checkpoint.load_model(path)

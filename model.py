@@ -516,6 +516,7 @@ class Sampling:
     min_new_tokens: int = 0  # no stop before that
     max_new_tokens: int = 100
     banned: tuple = (0,)  # ids that are never chosen: <unk>
+    exempt: tuple = ()  # ids that no_repeat_ngram leaves alone: parts of words
 
 
 @functools.lru_cache(maxsize=16)
@@ -537,7 +538,10 @@ def adjust(logits, history, sampling):
         ngrams = history.unfold(1, n, 1)  # (B, m, n)
         last = history[:, history.shape[1] - n + 1:]  # (B, n - 1)
         row, at = (ngrams[:, :, :-1] == last[:, None]).all(dim=-1).nonzero(as_tuple=True)
+        exempt = _on_device(tuple(sampling.exempt), logits.device)
+        kept = logits[:, exempt]
         logits[row, ngrams[row, at, -1]] = -math.inf
+        logits[:, exempt] = kept
     if sampling.temperature == 0:
         return logits
     logits = (logits - logits.max(dim=-1, keepdim=True).values) / max(sampling.temperature, 1e-30)  # a smaller one is 0 in float32

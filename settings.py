@@ -190,7 +190,7 @@ def read_yaml(path):
     except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:  # not all that it raises is a YAMLError
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}")
     if not isinstance(values, (dict, types.NoneType)):
-        raise UserError(f"{path} is not a list of `key: value` lines")
+        raise UserError(f"{path} is not a list of `key: value` lines; a corpus is named by data_path=…")
     return values or {}
 
 

@@ -7,6 +7,7 @@ its utterances joined by newlines. `<pad>` ends a dialogue. Neither can be typed
 import codecs
 import concurrent.futures
 import json
+import re
 import threading
 import unicodedata
 
@@ -37,17 +38,20 @@ class Tokenizer:
         return b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")
 
     def decode_stream(self, ids):
-        """Yields the text of each id as it comes, holding bytes back until their character is whole."""
+        """Yields the text of each id as it comes, holding bytes back until their character is whole, for ever at the end."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for i in ids:
             yield decoder.decode(self.pieces[i])
-        yield decoder.decode(b"", final=True)
 
     def banned(self, vocab_size):
         """Ids that a model of so many never says: <unk>, what breaks a line or moves a terminal's cursor, a classifier's <start> and
         <extract>."""
         harmful = lambda piece: any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in piece.decode("utf-8", "ignore"))
         return (*(i for i, piece in enumerate(self.pieces) if i == UNK or i > PAD and harmful(piece)), *range(self.size, vocab_size))
+
+    def parts(self):
+        """Ids that are parts of words or numbers, or of a character in UTF-8: these repeat where nothing is said twice."""
+        return tuple(i for i, piece in enumerate(self.pieces) if re.match(rb"[A-Za-z0-9 \x80-\xff]\Z|[\x80-\xbf]", piece))
 
     def encode_batch(self, texts):
         """The ids of each text, a list of (n,) arrays."""

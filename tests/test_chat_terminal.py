@@ -147,7 +147,7 @@ def test_every_command_does_what_help_says(path, tmp_path):
         again = terminal.say("/retry")
         assert first and again and first != again
         assert terminal.say("/set temperature 0") == "temperature=0.0"
-        assert terminal.say("/set no_repeat_ngram 2") == "no_repeat_ngram=2"
+        assert terminal.say("/set no_repeat_ngram 2") == terminal.say("／set　no_repeat_ngram＝2") == "no_repeat_ngram=2"
         greedy = terminal.say("/retry")
         assert terminal.say("/retry") == greedy
         assert terminal.say("今天")

@@ -158,5 +158,7 @@ def test_export_writes_into_no_folder_that_holds_something(tmp_path):
     path = write_checkpoint(tmp_path, "char", arch="modern")
     with pytest.raises(UserError, match="exists; name a new folder"):
         export.export(path, str(tmp_path))
+    with pytest.raises(UserError, match="would be a folder"):
+        export.export(path, str(tmp_path / "model.onnx"))
     assert sorted(os.listdir(tmp_path)) == ["corpus.txt", "random.pth"]
 

@@ -430,10 +430,12 @@ def test_lines_to_predict_end_at_line_ends_only(tmp_path):
         reviews.read_unlabelled(str(tmp_path / "bare.csv"))
 
 
-def test_a_classifier_still_talks(config, tmp_path, monkeypatch):
+def test_a_classifier_still_talks_and_says_what_it_is(config, tmp_path, monkeypatch, capsys):
     run(monkeypatch, config, "max_epoch=1")
-    model, tokenizer, _ = checkpoint.load_model(str(tmp_path / "out" / "best.pth"))
-    conversation = chat.Conversation(model, tokenizer, settings_module.build(ChatSettings, dict(seed=1, temperature=5.0, top_p=1.0)))
+    settings = settings_module.build(ChatSettings, dict(seed=1, temperature=5.0, top_p=1.0))
+    model, tokenizer = chat.load(str(tmp_path / "out" / "best.pth"), settings)
+    assert "best.pth is a classifier: the model that it was made from talks better" in capsys.readouterr().err
+    conversation = chat.Conversation(model, tokenizer, settings)
     for _ in range(60):
         conversation.hear("好")
         "".join(conversation.reply())
