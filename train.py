@@ -208,7 +208,7 @@ def train(settings, runtime, dry_run, begin):
             for name, value in (("loss/train", loss), ("learning_rate", settings.lr * factor), ("gradient_norm", norm),
                                 ("tokens_per_second", speed), ("MFU", mfu), ("filling", epoch.filling), ("epoch", progress["epoch"])):
                 writer.add_scalar(name, value, progress["step"])
-            bar.set_postfix_str(f"loss {mean_loss or loss:.3f}, lr {settings.lr * factor:.1e}, {speed:,.0f} tokens/s, MFU {mfu:.0%}, "
+            bar.set_postfix_str(f"loss {mean_loss or loss:.3f}, {speed:,.0f} tokens/s, MFU {mfu:.0%}, "
                                 f"epoch {progress['epoch'] + progress['row'] / len(epoch):.2f}", refresh=False)
         bar.total = max(progress["step"], round(step / share)) if share > 1e-4 else None
         bar.update()
