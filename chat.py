@@ -77,8 +77,8 @@ class Conversation:
         are dropped until half is free, for after that all the rest must be computed anew."""
         size = self.model.config.block_size
         room = size - min(self.settings.max_new_tokens, size // 2)
-        if self.used() > room:
-            left = sum(len(ids) + 1 for _, ids in self.utterances[self.first:])
+        left = sum(len(ids) + 1 for _, ids in self.utterances[self.first:])
+        if left > room:
             while self.first + 2 < len(self.utterances) and left > room // 2:
                 left -= sum(len(ids) + 1 for _, ids in self.utterances[self.first:self.first + 2])
                 self.first += 2
@@ -368,9 +368,10 @@ def load_conversation(conversation, path):
     conversation.flush()
     for text in dialogue.split("\n"):
         conversation.hear(text)
-    with open(path, encoding="utf-8") as file:
-        if file.read() == transcript(conversation, path):  # so /save to it loses nothing
-            conversation.saved.add(path)
+    if not more:
+        with open(path, encoding="utf-8") as file:
+            if file.read() == transcript(conversation, path):  # so /save to it loses nothing
+                conversation.saved.add(path)
     asked = "; /retry answers the last one" if len(conversation.utterances) % 2 else ""
     first = ", its first dialogue" if more else ""
     conversation.notice(f"({len(conversation.utterances)} utterances read from {path}{first}{asked})")

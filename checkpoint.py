@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import errno
 import glob
+import hashlib
 import itertools
 import os
 import pickle
@@ -24,7 +25,6 @@ import torch.nn.functional as F
 
 import settings as settings_module
 import tokenizer as tokenizer_module
-from data import file_sha256
 from model import GPT, GPTConfig
 from settings import UserError
 from tokenizer import PAD, CharTokenizer
@@ -252,10 +252,12 @@ def from_original(content, path, corpus):
         config = GPTConfig(arch="gpt2", tied=tied, **shape)
         weights |= {name: _padded(weights[name], config.rows) for name in ("embedding.weight", "head.weight")}
         optimizer = _optimizer_state(content, config)
-        progress = dict(step=int(content["global_step"]), epoch=int(content.get("global_epoch", 0)), original=file_sha256(corpus))
+        progress = dict(step=int(content["global_step"]), epoch=int(content.get("global_epoch", 0)))
     except (KeyError, TypeError, IndexError, AttributeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{path} looks like one of the original's files but is not complete: {error!r}")
     tokenizer = original_vocabulary(corpus, config.vocab_size, path)
+    with open(corpus, "rb") as file:
+        progress["original"] = hashlib.file_digest(file, "sha256").hexdigest()  # of what it was trained on
     ours = dict(format=FORMAT, model=weights, config=dataclasses.asdict(config), tokenizer=tokenizer.state(), optimizer=optimizer,
                 progress=progress, settings=dict(data_path=content.get("dataset")), metrics={})
     check_vocabulary(unpack(ours, path)[0], tokenizer, corpus, path)

@@ -134,7 +134,9 @@ def _jsonl_dialogues(file, path):
             continue
         try:
             entry = json.loads(line)
-            turns = entry.get("messages") or entry.get("conversations", entry.get("messages"))
+            if not {"messages", "conversations"} & entry.keys():
+                raise KeyError
+            turns = entry.get("messages") or entry.get("conversations") or []
             said = list(map(_turn, turns))
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {number} is not JSON: {error.msg} at column {error.colno}; each line should be an object")

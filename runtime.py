@@ -335,8 +335,8 @@ class StopSignal:
 
 @contextlib.contextmanager
 def undisturbed(wish=True):
-    """Signals wait for the end of this, if so wished, also in programs and threads started within: Ctrl-C goes to all of a terminal's
-    programs, and a linker that it ended would leave half a file in PyTorch's cache, on which every later run would fail."""
+    """Programs and threads started within, if so wished, hear no Ctrl-C: it goes to all of a terminal's programs, and a linker that it
+    ended would leave half a file in PyTorch's cache, on which every later run would fail."""
     wish = wish and os.name == "posix"
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)) if wish else None
     try:

@@ -177,7 +177,7 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
     training, validation, test = parts
     torch.manual_seed(seed)
     classifier, tokenizer, block_size, met = make_classifier(settings, runtime, names)
-    numbers = reviews.hashes(texts)
+    numbers = torch.from_numpy(reviews.hashes(texts))
     met = torch.cat([met, numbers[training], numbers[validation]]).unique()
     if known := torch.isin(numbers[test], met).sum():
         runtime.say(f"warning: {known} of the {len(test)} reviews that are tested on have also been trained on, as copies in another part "

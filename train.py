@@ -83,7 +83,7 @@ def train(settings, runtime, dry_run, begin):
     saved_step, saved_path = begun if same_run else -1, path
     metrics = saved["metrics"] if same_run else {}
     if runtime.main and metrics.get("step") == begun and metrics["loss"] == progress["best"]:
-        checkpoint.name_also(path, "best.pth")  # it may have been ended just before
+        checkpoint.name_also(os.path.realpath(path), "best.pth")  # it may have been ended just before
     saved = None  # gives its memory back
     peak = rt.peak_flops(runtime)  # here: the compiler's processes, once started, take the cores for a while
     if settings.compile:
@@ -108,7 +108,7 @@ def train(settings, runtime, dry_run, begin):
     writer = rt.tensorboard(runtime, settings.tensorboard_path, begun)
     samples = sample_prompts(held_out, tokenizer, settings.block_size)
     bar = rt.step_bar(runtime, initial=begun)
-    earlier, refused, mean_loss = progress["minutes"], 0, None
+    earlier, refused, mean_loss, first = progress["minutes"], 0, None, 0.0
     tick, tick_tokens = time.perf_counter(), 0
 
     while True:
@@ -162,13 +162,13 @@ def train(settings, runtime, dry_run, begin):
             best = f", and best.pth with the best validation loss, {progress['best']:.4f}" if math.isfinite(progress["best"]) else ""
             poor = best and progress["best"] > math.log(tokenizer.size) + 0.1  # where an untrained model may be
             best += f", which is worse than guessing ({math.log(tokenizer.size):.4f}): lower lr={settings.lr}" if poor else ""
-            learnt = mean_loss is not None and mean_loss < progress["best"]  # its training text, better than best.pth
+            learnt = mean_loss is None or mean_loss < progress["best"]  # its training text, better than best.pth
             last = "last.pth" + (" (it knows its training text better than best.pth)" if best and not poor else "")
             name = "best.pth" if progress["best"] == metrics.get("loss") or best and (settings.patience or not learnt) else last
             why = f" ({settings.patience} evaluations without improvement)" if share < 1 else ""
             limits = "patience" if why else "max_steps, max_minutes or max_epoch"
-            slow = settings.compile and minutes >= (settings.max_minutes or math.inf) and step - begun < 20
-            why += " (most of them went into compiling: raise max_minutes, or give compile=False)" if slow else ""
+            slow = settings.compile and first > 0.5 * (settings.max_minutes or math.inf)
+            why += " (more than half of them for the first step, compiled: raise max_minutes, or give compile=False)" if slow else ""
             why += f" (nothing was left to do: raise {limits})" if step == begun else ""
             runtime.say(f"finished after {step} steps and {minutes:.1f} minutes{why}: {settings.checkpoint_root}/last.pth{best}\n"
                         f"talk to it: python chat.py {shlex.quote(settings.checkpoint_root)}/{name}")
@@ -203,6 +203,7 @@ def train(settings, runtime, dry_run, begin):
             if math.isfinite(loss):
                 mean_loss = loss if mean_loss is None else 0.9 * mean_loss + 0.1 * loss
             now = time.perf_counter()
+            first = (now - tick) / 60 if step == 0 else first
             speed, tick, tick_tokens = tick_tokens / (now - tick), now, 0
             mfu = speed * model.flops_per_token() / (peak * runtime.world)
             for name, value in (("loss/train", loss), ("learning_rate", settings.lr * factor), ("gradient_norm", norm),
@@ -278,7 +279,7 @@ def starting_point(settings, runtime, path, saved, made):
     if not saved:
         return anew, False
     progress = anew | saved["progress"]
-    if progress.pop("original", None) == made["corpus"]:  # it kept no place in the data
+    if progress.pop("original", None) == made["corpus"] or progress["store"] is None:  # it kept no place in the data
         return progress | dict(store=made["identity"]), False
     if saved["progress"].get("store") != made["identity"]:  # a classifier's has none
         runtime.say(f"{settings.data_path}, or what is held out of it, is not what {path} was trained on: a new run with its "
@@ -312,7 +313,7 @@ def compile_or_say(model, runtime):
         with rt.undisturbed():
             torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=runtime.device))
         model.compile_parts()
-        runtime.say("compile=True: the first step takes a minute or so, and Ctrl-C waits for its end")
+        runtime.say("compile=True: the first step may take a minute, and Ctrl-C waits for its end")
     except Exception as error:
         runtime.say(f"compile=True does not work here, going on without: {str(error).splitlines()[0]}")
 

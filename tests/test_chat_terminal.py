@@ -165,6 +165,8 @@ def test_every_command_does_what_help_says(path, tmp_path):
         assert terminal.say("/set best_of 4") == "best_of=4"
         assert terminal.say("吃饭")
         assert terminal.say("/load nothing.txt") == "there is no file nothing.txt"
+        (tmp_path / "broken.txt").write_bytes("你好\n早\n\n".encode() + b"a\n\n" * 10**5 + b"\xff")
+        assert "2 utterances read" in terminal.say("/load broken.txt")
         (tmp_path / "odd.txt").write_text("你好\n在吗\n早\n\n另一个\n")
         assert "/retry answers the last one" in terminal.say("/load odd.txt")
         assert "exists" in terminal.say("/save odd.txt")

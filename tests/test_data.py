@@ -76,6 +76,7 @@ def test_jsonl_whose_rows_have_the_keys_of_both_forms_is_read(tmp_path):
     said = [{"from": "system", "value": "x"}, {"from": "human", "value": "吃了吗"}, {"from": "gpt", "value": "吃了"}]
     rows = [{"messages": none, "conversations": [turn | {"role": None, "content": None} for turn in said]} for none in (None, [])]
     rows += [{"messages": [{"role": "user", "content": "好", "from": None, "value": None}], "conversations": None}, {"messages": []}]
+    rows += [{"messages": None, "conversations": []}, {"messages": None}]
     path.write_text("\n".join(map(json.dumps, rows)))
     assert list(data.read_dialogues(str(path))) == ["吃了吗\n吃了"] * 2 + ["好"]
 

@@ -104,6 +104,9 @@ def test_going_on_says_from_where_and_why_it_ends(trained):
     _, output, folder = trained(max_steps=30, eval_freq=10)
     _, output, _ = trained(max_steps=60, eval_freq=10, resume_from="auto", lr=1.0, muon_lr=3.0)
     assert runs.checkpoint(folder, "best.pth")["progress"]["step"] == 30 and "chat.py " + str(folder / "best.pth") in output
+    trained(max_steps=200, eval_freq=20)
+    _, output, _ = trained(max_steps=205, eval_freq=200, resume_from="auto")
+    assert "last.pth (it knows its training text better than best.pth)" in output
     _, output, _ = trained(max_steps=2, lr=0.0, muon_lr=0.0)
     assert "finished after 2 steps" in output and "guessing" not in output
 
@@ -142,7 +145,7 @@ def test_ctrl_c_while_the_step_is_compiled_leaves_no_half_compiled_step(tmp_path
     config = runs.write_config(str(tmp_path), compile=True, max_steps=3)
     process = runs.start(config, **cache)
 
-    said = next((line for line in process.stdout if "the first step takes" in line), None)  # what is compiled from here on is the step
+    said = next((line for line in process.stdout if "the first step may take" in line), None)  # what is compiled from here on is the step
     assert said
 
     def compiling():
@@ -158,6 +161,7 @@ def test_ctrl_c_while_the_step_is_compiled_leaves_no_half_compiled_step(tmp_path
     assert status == 0 and "stopped at step" in output and "does not work here" not in output, output
     output = runs.run(config, "resume_from=auto", **cache)
     assert "finished after 3 steps" in output and "does not work here" not in output
+    assert "give compile=False" in runs.run(config, "max_minutes=0.01", **cache)
 
 
 def test_a_second_run_in_a_folder_is_refused_as_long_as_the_first_lives(tmp_path):
