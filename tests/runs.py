@@ -58,7 +58,12 @@ def start(*arguments, torchrun=None, script=os.path.join(ROOT, "train.py"), cwd=
             command += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "TORCHELASTIC", "RANK", "WORLD_SIZE"))}
     return subprocess.Popen([*command, script, *arguments], text=True, env=clean | dict(PYTHONPATH=ROOT) | environment, cwd=cwd,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=hear_ctrl_c)
+
+
+def hear_ctrl_c():
+    """What a shell starts in the background, the tests say, ignores it, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def finish(process, seconds=500):

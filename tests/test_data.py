@@ -167,7 +167,8 @@ def test_ctrl_c_leaves_the_training_of_a_bpe_at_once_and_nothing_behind(tmp_path
     points = np.random.default_rng(0).integers(ord("一"), ord("龥"), (60_000, 60), dtype=np.uint32)
     (tmp_path / "c.txt").write_text("\n\n".join(map(tokenizer.text_of, points)), encoding="utf-8")
     command = ["data.py", "prepare", "config/demo.yaml", f"data_path={tmp_path / 'c.txt'}", "tokenizer=bpe", "vocab_size=30000"]
-    process = subprocess.Popen([sys.executable, *command], cwd=runs.ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, *command], cwd=runs.ROOT, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=runs.hear_ctrl_c)
     runs.wait_for(lambda: list(tmp_path.glob(".cache/.making-*/*")))
     time.sleep(1)
     assert process.poll() is None
