@@ -108,7 +108,7 @@ def train(settings, runtime, dry_run, begin):
     writer = rt.tensorboard(runtime, settings.tensorboard_path, begun)
     samples = sample_prompts(held_out, tokenizer, settings.block_size)
     bar = rt.step_bar(runtime, initial=begun)
-    earlier, refused, mean_loss, first = progress["minutes"], 0, None, 0.0
+    earlier, refused, mean_loss, compiling = progress["minutes"], 0, None, 0.0
     tick, tick_tokens = time.perf_counter(), 0
 
     while True:
@@ -167,7 +167,7 @@ def train(settings, runtime, dry_run, begin):
             name = "best.pth" if progress["best"] == metrics.get("loss") or best and (settings.patience or not learnt) else last
             why = f" ({settings.patience} evaluations without improvement)" if share < 1 else ""
             limits = "patience" if why else "max_steps, max_minutes or max_epoch"
-            slow = settings.compile and first > 0.5 * (settings.max_minutes or math.inf)
+            slow = settings.compile and compiling > 0.5 * (settings.max_minutes or math.inf)
             why += " (more than half of them for the first step, compiled: raise max_minutes, or give compile=False)" if slow else ""
             why += f" (nothing was left to do: raise {limits})" if step == begun else ""
             runtime.say(f"finished after {step} steps and {minutes:.1f} minutes{why}: {settings.checkpoint_root}/last.pth{best}\n"
@@ -203,7 +203,7 @@ def train(settings, runtime, dry_run, begin):
             if math.isfinite(loss):
                 mean_loss = loss if mean_loss is None else 0.9 * mean_loss + 0.1 * loss
             now = time.perf_counter()
-            first = (now - tick) / 60 if step == 0 else first
+            compiling = (now - tick) / 60 if step == 0 else compiling
             speed, tick, tick_tokens = tick_tokens / (now - tick), now, 0
             mfu = speed * model.flops_per_token() / (peak * runtime.world)
             for name, value in (("loss/train", loss), ("learning_rate", settings.lr * factor), ("gradient_norm", norm),

@@ -161,6 +161,7 @@ def test_ctrl_c_while_the_step_is_compiled_leaves_no_half_compiled_step(tmp_path
     assert status == 0 and "stopped at step" in output and "does not work here" not in output, output
     output = runs.run(config, "resume_from=auto", **cache)
     assert "finished after 3 steps" in output and "does not work here" not in output
+    assert "give compile=False" not in runs.run(config, "max_minutes=9", **cache)
     assert "give compile=False" in runs.run(config, "max_minutes=0.01", **cache)
 
 
