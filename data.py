@@ -160,6 +160,8 @@ def _turn(turn):
     role, text = str(first("role", "from")).lower(), first("content", "value")
     if role in UNSPOKEN or text is None and turn.keys() & {"content", "value", "tool_calls"}:
         return role, ""
+    if isinstance(text, list):  # of parts: pictures and the like are left out
+        text = "".join(part["text"] for part in text if part["type"] == "text")
     text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is no character
     return role, " ".join(text.splitlines()).strip()
 

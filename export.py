@@ -1,6 +1,7 @@
-"""A checkpoint for other programs: a folder for Hugging Face's transformers, or a GGUF file for llama.cpp.
+"""A checkpoint for other programs: a folder for Hugging Face's transformers, and back, or a GGUF file for llama.cpp.
 
     python export.py checkpoints/demo/last.pth exported
+    python export.py exported checkpoints/back.pth
     python export.py checkpoints/demo/last.pth demo.gguf
 
 `modern` becomes Qwen3ForCausalLM, `gpt2` GPT2LMHeadModel; their logits are the same up to rounding (GGUF: to float16).
@@ -10,14 +11,15 @@ import argparse
 import json
 import os
 import shlex
+import sys
 
 import torch
 
 import checkpoint
 import settings as settings_module
-from model import rms_norm
+from model import GPT, GPTConfig, rms_norm
 from settings import ChatSettings, UserError
-from tokenizer import PAD, SEP, SPECIALS, UNK, BPETokenizer
+from tokenizer import PAD, SEP, SPECIALS, UNK, BPETokenizer, CharTokenizer
 
 QWEN3 = {  # our names in a block: Qwen3's
     "norm1": "input_layernorm", "attention.q": "self_attn.q_proj", "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj",
@@ -30,23 +32,72 @@ CHAT_TEMPLATE = ("{% for message in messages if message['role'] != 'system' %}"
 
 @torch.no_grad()
 def export(path, target):
-    """Writes the GPT of the checkpoint `path` (a classifier's too, without its head) to `target`, a new folder or .gguf file."""
+    """Writes the GPT of the checkpoint `path` (a classifier's too, without its head) to `target`, a new folder or .gguf file, or that
+    of the folder `path` to a new checkpoint."""
     target = os.path.normpath(target)
-    write, reader = write_folder, "transformers' AutoModelForCausalLM and AutoTokenizer"
-    if target.lower().endswith(".gguf"):
+    read, write, reader = checkpoint.load_model, write_folder, "transformers' AutoModelForCausalLM and AutoTokenizer"
+    ending, new = os.path.splitext(target)[1].lower(), "folder, or a new file NAME.gguf"
+    if os.path.isfile(os.path.join(path, "config.json")):
+        read, write, reader, new = read_folder, write_checkpoint, f"python chat.py {shlex.quote(target)}", "file NAME.pth"
+        if ending != ".pth":
+            raise UserError(f"{path} is a folder of Hugging Face's files, which becomes a checkpoint: name a new {new}, not {target}")
+    elif ending == ".gguf":
         write, reader = write_gguf, f"llama.cpp: llama-server -m {shlex.quote(target)}"
-    elif os.path.splitext(target)[1].lower() in (".onnx", ".safetensors", ".bin", ".pt", ".pth"):
+    elif ending in (".onnx", ".safetensors", ".bin", ".pt", ".pth"):
         raise UserError(f"{target} would be a folder: name one without that ending, or a file NAME.gguf")
     if os.path.lexists(target):
-        raise UserError(f"{target} exists; name a new folder, or a new file NAME.gguf")
-    model, tokenizer, _ = checkpoint.load_model(path)
-    checkpoint.make_folder(os.path.dirname(target) or ".", target)
-    with checkpoint.whole(target) as temporary:
-        try:
+        raise UserError(f"{target} exists; name a new {new}")
+    try:
+        model, tokenizer, *_ = read(path)
+        checkpoint.make_folder(os.path.dirname(target) or ".", target)
+        with checkpoint.whole(target) as temporary:
             write(temporary, model, tokenizer)
-        except ImportError as error:
-            raise UserError(f"{target} needs {error.name}: python -m pip install {error.name}")
+    except ImportError as error:
+        raise UserError(f"{target} needs {error.name}: python -m pip install {error.name}")
     print(f"{target}: load it with {reader}")
+
+
+def write_checkpoint(path, model, tokenizer):
+    checkpoint.write(path, checkpoint.describe(model, tokenizer) | dict(optimizer=None, scaler=None, progress={}, settings={}, metrics={}))
+
+
+def read_folder(folder):
+    """(model, tokenizer) of a folder that `write_folder` made, whatever transformers has made of the weights since."""
+    import safetensors.torch
+    try:
+        with open(os.path.join(folder, "tokenizer.json"), encoding="utf-8") as file:
+            tokenizer = tokenizer_from(json.load(file))
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+            theirs = json.load(file)
+        weights = safetensors.torch.load_file(os.path.join(folder, "model.safetensors"))
+        if modern := theirs["model_type"] == "qwen3":
+            names = dict(block_size="max_position_embeddings", n_layer="num_hidden_layers", n_head="num_attention_heads",
+                         n_kv_head="num_key_value_heads", n_embd="hidden_size")
+        else:
+            names = dict(block_size="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd", tied="tie_word_embeddings")
+        shape = {ours: theirs[name] for ours, name in names.items()}
+        model = GPT(GPTConfig(tokenizer.size, arch="modern" if modern else "gpt2", **shape))
+        places, wanted = (qwen3 if modern else gpt2)(model, tokenizer.size)
+        for key, value in (wanted | dict(vocab_size=tokenizer.size)).items():
+            if theirs.get(key, value) != value:
+                raise ValueError(f"{key} is {theirs[key]}, not {value}")
+        for name, place in places.items():  # parameters, or views of them, but for what was made of several
+            place.copy_(weights[name])
+        if modern:
+            model.embedding.weight[:tokenizer.size] = rows = weights["model.embed_tokens.weight"].float()
+            sizes = rows.square().mean(dim=1).sqrt()
+            if (spread := (sizes.max() / sizes.min() - 1).item()) > 0.02:
+                print(f"{folder}: rows of the embedding have come to differ in size by up to {spread:.0%}, which a checkpoint does not "
+                      "keep: replies may change a little", file=sys.stderr)
+        for layer, block in enumerate(model.blocks if not modern else []):
+            for kind in ("weight", "bias"):
+                parts = weights[f"transformer.h.{layer}.attn.c_attn.{kind}"].chunk(3, dim=-1)
+                for linear, part in zip((block.attention.q, block.attention.k, block.attention.v), parts):
+                    getattr(linear, kind).copy_(part.t())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
+            safetensors.SafetensorError) as error:
+        raise UserError(f"{folder} is no folder that export.py wrote, or not whole: {error!r}")
+    return model, tokenizer
 
 
 def write_folder(folder, model, tokenizer):
@@ -198,10 +249,23 @@ def tokenizer_of(ours):
     return theirs
 
 
+def tokenizer_from(description):
+    """Our tokenizer of the JSON of one that `tokenizer_of` made."""
+    ids = description["model"]["vocab"]
+    pieces = sorted(ids, key=ids.get)
+    if pieces[:len(SPECIALS)] != [SPECIALS[UNK], "\n", SPECIALS[PAD]]:
+        raise ValueError(f"the first tokens are {pieces[:len(SPECIALS)]}")
+    if description["pre_tokenizer"] is None:
+        return CharTokenizer("".join(pieces[len(SPECIALS):]))
+    model = description["model"] | dict(vocab={piece: i for i, piece in enumerate(pieces[len(SPECIALS):])})
+    return BPETokenizer(json.dumps(description | dict(model=model, added_tokens=[], padding=None, truncation=None)))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("checkpoint", help="a .pth of train.py or sentimentalTrain.py")
-    parser.add_argument("target", help="a new folder for config.json, model.safetensors and tokenizer.json; or a new file NAME.gguf")
+    parser.add_argument("checkpoint", help="a .pth of train.py or sentimentalTrain.py, or a folder that this program wrote")
+    parser.add_argument("target", help="a new folder for config.json, model.safetensors and tokenizer.json, or a new file NAME.gguf; "
+                        "of a folder: a new file NAME.pth")
     options = parser.parse_args()
     export(options.checkpoint, options.target)
 

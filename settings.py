@@ -180,7 +180,8 @@ def read_yaml(path):
         raise UserError(f"{path} is a checkpoint where a configuration belongs, a YAML file; config holds some")
     try:
         with open(path, encoding="utf-8-sig") as file:
-            values = yaml.safe_load(file)
+            text = file.read()
+        values = yaml.safe_load(text)
     except FileNotFoundError:
         if path.partition("=")[0] in KNOWN:
             raise UserError(f"{path} stands where a file should: first the configuration, then key=value")
@@ -191,6 +192,9 @@ def read_yaml(path):
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}")
     if not isinstance(values, (dict, types.NoneType)):
         raise UserError(f"{path} is not a list of `key: value` lines; a corpus is named by data_path=…")
+    names = [name.value for name, _ in yaml.compose(text).value] if values else []
+    if twice := [name for name in names if names.count(name) > 1]:  # YAML itself would take the last
+        raise UserError(f"{path} sets {twice[0]} twice; leave one of the lines")
     return values or {}
 
 

@@ -113,6 +113,13 @@ def test_jsonl_that_was_read_as_text_is_read_anew_under_its_right_name(tmp_path)
     assert set(tokenizer.load(f"{stores[1]}/tokenizer.json").vocabulary) == set("你好")
 
 
+def test_the_text_in_parts_of_jsonl_is_read_and_pictures_are_left_out(tmp_path):
+    path = tmp_path / "c.jsonl"
+    parts = [{"type": "text", "text": "你"}, {"type": "image_url", "image_url": {"url": "x"}}, {"type": "text", "text": "好"}]
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "嗯"}]}))
+    assert list(data.read_dialogues(str(path))) == ["你好\n嗯"]
+
+
 def test_half_an_emoji_in_jsonl_becomes_a_question_mark(tmp_path):
     path = tmp_path / "c.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "好\\ud83d"}, {"role": "assistant", "content": "嗯"}]}\n')
@@ -148,7 +155,7 @@ def test_what_a_killed_preparation_left_goes_after_a_week(tmp_path):
     ("g.jsonl", b'{"messages": []}\n{"\xff', "at byte 19"),
     ("b.jsonl", b'{"text": 1}', "line 1"),
     ("b.jsonl", b'{"messages": [{"role": "user", "text": "a"}]}', "line 1"),
-    ("b.jsonl", b'{"messages": [{"role": "user", "content": []}]}', "line 1"),
+    ("b.jsonl", b'{"messages": [{"role": "user", "content": ["a"]}]}', "line 1"),
     ("c.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}\n{', "line 2"),
     ("d.txt", b"\n\n", "no dialogue"),
     ("m.jsonl", b"\xef\xbb\xbf", "no dialogue"),

@@ -85,6 +85,49 @@ def test_transformers_computes_and_writes_what_we_do_from_an_exported_folder(tmp
 
 
 @every_kind
+def test_a_folder_that_transformers_trained_and_saved_becomes_a_checkpoint_again(tmp_path, monkeypatch, capsys, kind, shape):
+    path, folder, back = write_checkpoint(tmp_path, kind, **shape), str(tmp_path / "exported"), str(tmp_path / "new" / "back.pth")
+    export.export(path, folder)
+    theirs, coder = transformers.AutoModelForCausalLM.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "embed_tokens" not in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    theirs.save_pretrained(folder + "-trained")
+    coder.save_pretrained(folder + "-trained")
+    monkeypatch.setattr(sys, "argv", ["export.py", folder + "-trained", back])
+    export.main()
+    assert capsys.readouterr().err.count("differ in size") == 0
+    model, ours, _ = checkpoint.load_model(back)
+    assert ours.encode(TEXT).tolist() == coder(TEXT)["input_ids"] and ours.pieces == checkpoint.load_model(path)[1].pieces
+    ids = torch.randint(3, ours.size, (2, 48))
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(model.hidden(ids)), theirs.eval()(ids).logits, atol=2e-4, rtol=1e-4)
+    with pytest.raises(UserError, match="exists; name a new file NAME.pth"):
+        export.main()
+
+
+def test_what_a_checkpoint_cannot_hold_of_a_folder_is_said_in_one_line(tmp_path, capsys):
+    path, folder = write_checkpoint(tmp_path, "char", arch="modern"), tmp_path / "exported"
+    export.export(path, str(folder))
+    with pytest.raises(UserError, match="becomes a checkpoint: name a new file NAME.pth"):
+        export.export(str(folder), str(tmp_path / "back.gguf"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        theirs.model.embed_tokens.weight[5] *= 1.2
+    theirs.save_pretrained(folder)
+    export.export(str(folder), str(tmp_path / "back.pth"))
+    assert "differ in size by up to 20%" in capsys.readouterr().err
+    config = json.loads((folder / "config.json").read_text())
+    for change, message in ((dict(rope_parameters=dict(rope_type="default", rope_theta=1e6)), "rope_parameters is"),
+                            (dict(model_type="llama"), "KeyError"), (dict(vocab_size=7), "vocab_size is 7")):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=f"no folder that export.py wrote, or not whole.*{message}"):
+            export.export(str(folder), str(tmp_path / "other.pth"))
+    assert not (tmp_path / "other.pth").exists()
+
+
+@every_kind
 def test_llama_cpp_computes_and_writes_what_we_do_from_a_gguf_file(tmp_path, monkeypatch, kind, shape):
     path, target = write_checkpoint(tmp_path, kind, **shape), str(tmp_path / "new" / "random.gguf")
     monkeypatch.setattr(sys, "argv", ["export.py", path, target])

@@ -111,7 +111,7 @@ def test_overrides_win_over_the_file(tmp_path):
 
 @pytest.mark.parametrize(("content", "message"), [
     (b"- a\n- b\n", "is not a list of `key: value` lines"), (b"lr: [1\n", "cannot be read"), (b"a: b: c\n", "cannot be read"),
-    ("键: 值".encode("gb18030"), "cannot be read"), (b"just words", "is not a list of")])
+    ("键: 值".encode("gb18030"), "cannot be read"), (b"just words", "is not a list of"), (b"lr: 1\nseed: 2\nlr: 3\n", "sets lr twice")])
 def test_a_file_that_is_no_settings_is_refused_in_one_line(tmp_path, content, message):
     (tmp_path / "c.yaml").write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
