@@ -22,7 +22,7 @@ from tokenizer import PAD, SEP
 HELP = """\
 /help            this
 /set             the sampling keys and their values
-/set KEY VALUE   another value, from the next reply on
+/set KEY VALUE   changes one, from the next reply on
 /retry           another reply to what you said last
 /undo            takes back what you said last, and the reply
 /save FILE       writes the conversation: .jsonl or .json as messages, anything else an utterance a line
@@ -74,7 +74,7 @@ class Conversation:
 
     def context(self):
         """The ids that the next reply goes on from, with room left for it. Where there is none the oldest whole turns
-        are dropped until half is free, for after that all the rest must be computed anew."""
+        are dropped until half is free: after a drop all the rest is computed anew, so drops should be rare."""
         size = self.model.config.block_size
         room = size - min(self.settings.max_new_tokens, size // 2)
         left = sum(len(ids) + 1 for _, ids in self.utterances[self.first:])
@@ -152,7 +152,7 @@ def main():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while loading: leave at once, without a traceback
     parser = settings_module.parser(ChatSettings, "python chat.py CONFIG|CHECKPOINT [key=value …] [--prompt TEXT]")
     parser.add_argument("config", help="YAML file, a checkpoint, or a folder of checkpoints")
-    parser.add_argument("override", nargs="*", default=[], help="key=value")
+    parser.add_argument("override", nargs="*", help="key=value")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and stop")
     options = parser.parse_intermixed_args()
     values = {"resume_from": options.config}
@@ -209,7 +209,7 @@ def pipe(conversation):
     for line in sys.stdin:
         text = line.strip()
         if "\ufffd" in text:
-            conversation.notice("(a line that is not UTF-8: what cannot be read is unknown to the model)")
+            conversation.notice("(this line is not UTF-8: what cannot be read becomes <unk>)")
         if text == "exit":
             return
         if text in ("", "flush"):

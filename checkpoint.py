@@ -1,4 +1,4 @@
-"""Checkpoints: one file that holds all that chat, fine-tuning and going on need; and the original's files, read as such.
+"""Checkpoints: one file with all that chat, fine-tuning and resuming need; reads those of the original (CJL196/small-gpt) too.
 
     python checkpoint.py convert IN.pth --corpus data/train.txt OUT.pth
 """
@@ -46,7 +46,7 @@ class Damaged(UserError):
 
 
 def make_folder(folder, wish):
-    """Makes the folder that checkpoints will be written to, or says now, not at the first of them, that `wish` cannot be had."""
+    """Makes the folder for checkpoints, or says now, not at the first save, that `wish` cannot be written."""
     try:
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -98,7 +98,7 @@ def whole(path):
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or 'is the disk full?'}; what was saved before is whole")
+        raise UserError(f"{path} cannot be written: {error.strerror or 'is the disk full?'}; earlier files are intact")
     finally:
         _remove(temporary)  # after an error, or where it was a link to `path` already
 
@@ -151,7 +151,7 @@ def load(path):
     except FileNotFoundError:
         folder, name = os.path.dirname(path) or ".", os.path.basename(path)
         earlier = sorted(glob.glob(os.path.join("before-*", glob.escape(name)), root_dir=folder))  # `set_aside` put it there
-        if there := sorted(glob.glob("*.pth", root_dir=folder)) + earlier[-1:]:
+        if there := sorted(glob.glob("*.pth", root_dir=folder) + glob.glob("seed*/best.pth", root_dir=folder)) + earlier[-1:]:
             raise UserError(f"{path} does not exist; in {folder} there are {', '.join(there)}")
         if os.path.basename(folder) == "pretrained":
             raise UserError(f"{path} does not exist; download it: python data.py download pretrained")
@@ -160,7 +160,7 @@ def load(path):
     except IsADirectoryError:
         raise UserError(f"{path} is a folder; name a file in it, {os.path.join(path, 'best.pth')} say")
     except pickle.UnpicklingError:
-        raise Damaged(f"{path} is refused: it is no checkpoint, or damaged, or would run code of its own on loading")
+        raise Damaged(f"{path} is refused: it is not a checkpoint, is damaged, or would run code when loaded")
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError, struct.error) as error:
         passing = isinstance(error, OSError) and error.errno != errno.EINVAL or "allocate memory" in str(error)  # EINVAL: a cut file
         reason = f"{path} cannot be read: " if passing else f"{path} is no checkpoint, or damaged: {type(error).__name__}, "
@@ -181,7 +181,7 @@ def read(path, corpus=None):
 def newest(folder, corpus=None, rename=True):
     """(path, content) of the newest checkpoint in `folder` that is not damaged, or (None, None) where there is no checkpoint.
 
-    Those after it get another name if `rename`, so that the run goes on in its folder as if they had not been written.
+    Damaged newer ones are renamed if `rename`, so that the run goes on in its folder as if they had not been written.
     """
     damaged, paths = {}, [path for _, path in numbered(folder)] + [os.path.join(folder, name) for name in ("last.pth", "best.pth")]
     for path in filter(os.path.exists, paths):
@@ -191,13 +191,13 @@ def newest(folder, corpus=None, rename=True):
             damaged[path] = error
             continue
         for other, error in damaged.items():
-            renamed = f", and it is now {other}.unreadable" if rename else ""
-            print(f"warning: {error}; taking {path}{renamed}", file=sys.stderr)
-            if rename:
-                os.replace(other, other + ".unreadable")
+            renamed = f"; it is now {other}.unreadable" if rename else ""
+            print(f"warning: {error}{renamed}; taking {path}", file=sys.stderr)
+            for name in [name for name in paths if rename and os.path.exists(name) and os.path.samefile(name, other)]:
+                os.replace(name, name + ".unreadable")  # best.pth and last.pth may be names of the same file
         return path, content
     if damaged:
-        raise UserError(f"no checkpoint in {folder} is whole: {next(iter(damaged.values()))}; leave resume_from=auto out to begin anew")
+        raise UserError(f"every checkpoint in {folder} is damaged: {next(iter(damaged.values()))}; drop resume_from=auto to start over")
     return None, None
 
 
@@ -208,7 +208,7 @@ def unpack(content, path):
             model = GPT(GPTConfig(**content["config"]))
         model.load_state_dict(content["model"], assign=True)
         tokenizer = tokenizer_module.from_state(content["tokenizer"])
-    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{path} is damaged or was changed: {str(error).splitlines()[0]}")
     if model.config.tied:
         model.head.weight = model.embedding.weight
@@ -341,8 +341,8 @@ def check_vocabulary(model, tokenizer, corpus, path):
     if not count:
         raise UserError(f"{corpus} holds no dialogue in its first {CHECKED} characters")
     if not (loss - entropy) / count <= SURPRISE:
-        raise UserError(f"{corpus} is not what {path} was trained on: it has as many different characters, but the model, which expects "
-                        f"{entropy / count:.1f} nats a character, reads it with {loss / count:.1f}; so its characters are in another order")
+        raise UserError(f"{corpus} is not what {path} was trained on: it has as many different characters, but in another order: "
+                        f"the model expects {entropy / count:.1f} nats a character and gets {loss / count:.1f}")
     share = seen[seen > 0] / count
     if entropy / count > -(share * share.log()).sum() - 0.5:
         print(f"{path} has learned too little to tell whether {corpus}, unchanged, is what it was trained on: mind that it is",
@@ -355,7 +355,7 @@ def convert(source, corpus, target):
         raise UserError(f"{target} exists; name another file, or remove it first")
     content = load(source)
     if not is_original(content):
-        raise UserError(f"{source} is none of the original's files: a checkpoint of this program needs no corpus and no conversion")
+        raise UserError(f"{source} is not one of the original's files: a checkpoint of this program needs no corpus and no conversion")
     make_folder(os.path.dirname(target) or ".", target)
     content = from_original(content, source, corpus)
     write(target, content)

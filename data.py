@@ -23,15 +23,14 @@ from tqdm import tqdm
 import settings as settings_module
 import tokenizer as tokenizer_module
 from settings import TrainSettings, UserError
-from tokenizer import CODE_POINTS, PAD, SEP, UNK, CharTokenizer, code_points, text_of
+from tokenizer import PAD, SEP, UNK, CharTokenizer, code_points, text_of
 
 LAYOUT = 5  # of a token store
 BLOCK = 1 << 18  # bytes read at once; arrays of this size stay in the cache and in the heap
 IGNORE = -100  # target of a position that is not scored
 NEWLINE = ord("\n")
 UNSPOKEN = {"system", "developer", "tool", "ipython", "function", "function_call", "observation"}  # roles in JSONL
-SPACE = np.zeros(CODE_POINTS, dtype=bool)  # what str.isspace says
-SPACE[[point for point in range(0x3001) if chr(point).isspace()]] = True
+SPACE = np.array([chr(point).isspace() for point in range(0x3002)])  # by code point; the last, no space, is for all above
 
 
 # Readers: a corpus is dialogues, a dialogue is its utterances joined by newlines.
@@ -47,7 +46,7 @@ def read_dialogues(path):
 def read_groups(path, bar=None):
     """Yields the dialogues of a corpus some at a time, each closed by a newline: (code points (N,) uint32, lengths (D,)).
 
-    Never holds more than a block of the file and the dialogue it ends in. `bar` is told of the bytes read.
+    Never holds more than a block of the file and the dialogue it ends in (JSONL: 1,000 dialogues). `bar` is told of the bytes read.
     """
     with corpus_errors(path), open(path, "rb") as file:
         for group in (_read_jsonl if _is_jsonl(path) else _read_text)(file, path):
@@ -67,8 +66,8 @@ def corpus_errors(path):
     except UnicodeDecodeError as error:
         with open(path, "rb") as file:
             head = file.read(min(max(4, error.start), BLOCK))
-        if head.startswith(b"PK\3\4"):
-            raise UserError(f"{path} is a zip archive, or an Excel or Word file: save it as text in UTF-8")
+        if head.startswith((b"PK\3\4", b"\x1f\x8b")):
+            raise UserError(f"{path} is a zip or gzip archive, or an Excel or Word file: unpack it, or save it as text in UTF-8")
         what, advice, options = "not UTF-8", "convert it", "-f GB18030"
         if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             options = "-f UTF-16"
@@ -95,8 +94,8 @@ def _read_text(file, _):
         begins = np.append(0, ends)[:-1]
         blank = ends - begins == 1
         gone = [begins[blank]]
-        for line in np.flatnonzero(~blank & SPACE.take(points.take(begins))):  # begins with a space: has it anything else?
-            if SPACE[points[begins[line]:ends[line]]].all():
+        for line in np.flatnonzero(~blank & SPACE.take(points.take(begins), mode="clip")):  # begins with a space: has it anything else?
+            if SPACE.take(points[begins[line]:ends[line]], mode="clip").all():
                 blank[line] = True
                 gone.append(np.arange(begins[line], ends[line]))
         # Up to the last blank line every dialogue is whole. The rest waits, for a larger block where that is all.
@@ -110,7 +109,7 @@ def _read_text(file, _):
 
 
 def _whole_lines(raw, place, last):
-    """(text of the lines of `raw`, bytes of a file up to `place`, each ended by a newline alone, the bytes after them).
+    """(text of the complete lines of `raw`, each ended by \\n alone, the bytes after them). `raw` ends at byte `place` of its file.
 
     At the `last` of a file a blank line is added."""
     carriage = raw.rfind(b"\r", 0, -1)  # a last \r may be half an end
@@ -194,9 +193,9 @@ def fingerprints(points, lengths):
 def split_mask(numbers, train_percent, seed):
     """(D,) bool, True for the training part, of the dialogues' fingerprints (D,).
 
-    They are put in a random order, which the seed decides, and cut, copies of the last trained on included: so copies are on one
-    side, and where a corpus grows or is put into another order, all but a few of those held out before stay so. Both parts get at
-    least one, if they can.
+    They are put in a seeded random order and cut; copies of the last one trained on are trained on too. So copies are on one
+    side, and when a corpus grows or is reordered, nearly all that were held out before still are. Both parts get at least one,
+    if they can.
     """
     keys = numbers.astype(np.uint64) | np.uint64(seed << 32)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):  # SplitMix64 (Steele et al. 2014)
@@ -213,8 +212,8 @@ def prepare(settings, tokenizer=None, before=None):
     """The token store of `settings.data_path`, made if it is not there: its folder in .cache beside the corpus.
 
     `tokenizer` is one to use; without it settings.tokenizer names one or the kind to train on the training part. `before`: the
-    identity of the store that its model was trained on. On another, a tokenizer of characters takes in those of the training part
-    that it has not: the store holds the one that was used.
+    identity of the store that its model was trained on. If this is another, a character tokenizer is extended by the new characters
+    of the training part; the store holds the tokenizer used.
     """
     path, corpus = settings.data_path, corpus_of(settings)
     if tokenizer is None and settings.tokenizer.endswith(".pth"):
@@ -243,7 +242,8 @@ def prepare(settings, tokenizer=None, before=None):
                     shutil.rmtree(left, ignore_errors=True)
         os.mkdir(work := os.path.join(cache, f".making-{uuid.uuid4().hex}"))
     except OSError as error:
-        raise UserError(f"{cache} cannot be written ({error.strerror}); the token store of {path} goes there")
+        raise UserError(f"{cache} cannot be written ({error.strerror}); the token store goes there: copy {path} to a folder of yours, or "
+                        "link it there (ln -s)")
     try:
         _write_store(work, path, settings, tokenizer, grow, corpus)
         if os.path.isdir(folder) and not manifest(folder):  # some of it was deleted
@@ -268,7 +268,7 @@ def corpus_of(settings):
     path = settings.data_path
     if path is None:
         raise UserError("data_path is not set; name a corpus, for example data_path=data/sample_dialogues.txt")
-    # To be raised: format when ids or the split would change, for older runs then cannot go on; LAYOUT when only the files do.
+    # Raise format when ids or the split change (older runs can then not be resumed), LAYOUT when only the files do.
     corpus = dict(format=3, corpus=file_sha256(path), train_percent=settings.train_percent, seed=settings.seed)
     return corpus | (dict(reader="jsonl 2") if _is_jsonl(path) else {})
 
@@ -302,8 +302,9 @@ def _write_store(folder, path, settings, tokenizer, grow, corpus):
         raise UserError(f"{path} holds no dialogue")
     training = split_mask(np.concatenate(numbers), settings.train_percent, settings.seed)
     if not training.any():
-        raise UserError(f"{path} holds one dialogue{' over and over' if len(training) > 1 else ''}; it takes two to train on one and "
-                        "measure on the other (an empty line separates dialogues; JSONL should be named .jsonl)")
+        raise UserError(f"{path} holds one dialogue{' over and over' if len(training) > 1 else ''}; at least two are needed, for "
+                        "training and validation (an empty line separates dialogues; JSONL must be named .jsonl; "
+                        "train_percent=1 holds nothing out)")
     training = np.split(training, np.cumsum([len(lengths) for lengths in groups])[:-1])
 
     def again(doing):
@@ -316,8 +317,7 @@ def _write_store(folder, path, settings, tokenizer, grow, corpus):
         made = tokenizer_module.train("char" if grow else settings.tokenizer, texts, settings.vocab_size, settings.min_freq)
         tokenizer = tokenizer.grown(made, settings.vocab_size) if grow else made
         if tokenizer.size == len(tokenizer_module.SPECIALS):
-            raise UserError(f"min_freq={settings.min_freq} and vocab_size={settings.vocab_size} leave no character of {path}: "
-                            "lower the one (1 takes all), raise the other (empty: no limit)")
+            raise UserError(f"min_freq={settings.min_freq} leaves no character of {path}; lower it (1 keeps all)")
     sizes, unknown, separators = [], 0, 0
     with open(os.path.join(folder, "ids.bin"), "wb") as file:
         for points, lengths, _ in again("encoding"):
@@ -458,9 +458,9 @@ def main():
     arguments = settings_module.parser(
         TrainSettings, "python data.py prepare CONFIG [key=value …]\n       python data.py download chat|sentiment|pretrained|all")
     arguments.description = "Make the token store of a configuration's corpus, which train.py does by itself, or fetch published files."
-    arguments.add_argument("command", choices=["prepare"])
-    arguments.add_argument("config")
-    arguments.add_argument("override", nargs="*", default=[])
+    arguments.add_argument("command", choices=["prepare", "download"])
+    arguments.add_argument("config", help="YAML file")
+    arguments.add_argument("override", nargs="*", help="key=value")
     options = arguments.parse_args()
     settings = settings_module.build(
         TrainSettings, settings_module.read_yaml(options.config) | settings_module.overrides(options.override))

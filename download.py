@@ -134,6 +134,8 @@ def check_dialogues(path):
     try:
         dialogues = sum(len(lengths) for _, lengths in data.read_groups(path))
     except UserError as error:
+        if isinstance(error.__context__, OSError):  # the disk's fault, not the file's
+            raise
         raise Wrong(str(error).removeprefix(path).partition(";")[0].strip())
     if dialogues < 500_000:
         raise Wrong(f"holds {dialogues:,} dialogues and not the 500,001 of the published corpus")
@@ -142,7 +144,7 @@ def check_dialogues(path):
 def check_reviews(path):
     with open(path, "rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != REVIEWS_SHA256:
-            raise Wrong("has another SHA-256 than the published reviews")
+            raise Wrong("differs in SHA-256 from the published reviews")
 
 
 def check_weights(n_layer):

@@ -74,8 +74,8 @@ def read_folder(folder):
             names = dict(block_size="max_position_embeddings", n_layer="num_hidden_layers", n_head="num_attention_heads",
                          n_kv_head="num_key_value_heads", n_embd="hidden_size")
         else:
-            names = dict(block_size="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd", tied="tie_word_embeddings")
-        shape = {ours: theirs[name] for ours, name in names.items()}
+            names = dict(block_size="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
+        shape = {ours: theirs[name] for ours, name in names.items()} | dict(tied=not modern and theirs.get("tie_word_embeddings", True))
         model = GPT(GPTConfig(tokenizer.size, arch="modern" if modern else "gpt2", **shape))
         places, wanted = (qwen3 if modern else gpt2)(model, tokenizer.size)
         for key, value in (wanted | dict(vocab_size=tokenizer.size)).items():
@@ -96,7 +96,7 @@ def read_folder(folder):
                     getattr(linear, kind).copy_(part.t())
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
             safetensors.SafetensorError) as error:
-        raise UserError(f"{folder} is no folder that export.py wrote, or not whole: {error!r}")
+        raise UserError(f"{folder} is no folder that export.py wrote, or not whole: {type(error).__name__}: {error}")
     return model, tokenizer
 
 

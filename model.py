@@ -3,6 +3,7 @@
 Shapes: B rows, T positions, C = n_embd, H heads, K heads of keys and values, D = C / H, V vocabulary.
 """
 
+import copy
 import dataclasses
 import functools
 import gc
@@ -77,7 +78,7 @@ class KVCache:
         self.start = torch.zeros(batch, dtype=torch.long, device=device)
         self.size, self.length = size, 0
         self.place = None  # (T,) of the ids that are being computed
-        self.steps = {}  # recorded ones, see `next_logits`; None: none are to be, for a cache that will not live for many tokens
+        self.steps = {}  # CUDA graphs, see `next_logits`; None: record none, for a cache that serves few tokens
 
     def update(self, layer, k, v):
         """Writes (B, K, T, D) to `self.place`; returns all keys and values up to a multiple of 64 positions."""
@@ -87,7 +88,7 @@ class KVCache:
         return self.keys[layer, :, :, :seen], self.values[layer, :, :, :seen]
 
     def seen(self, new):
-        """Positions that attention looks at once `new` more are in: few different sizes, so kernels can be reused."""
+        """How many positions attention covers with `new` more: in steps of 64, so that kernels can be reused."""
         return min(self.size, -(-(self.length + new) // 64) * 64)
 
     def open(self, new, place=None):
@@ -100,10 +101,10 @@ class KVCache:
 
     def branch(self, rows):
         """A cache of `rows` copies of this one's only row."""
-        copy = object.__new__(KVCache)
-        copy.keys, copy.values = (t.repeat(1, rows, 1, 1, 1) for t in (self.keys, self.values))
-        copy.start, copy.size, copy.length, copy.steps = self.start.repeat(rows), self.size, self.length, None
-        return copy
+        branch = copy.copy(self)
+        branch.keys, branch.values = (t.repeat(1, rows, 1, 1, 1) for t in (self.keys, self.values))
+        branch.start, branch.steps = self.start.repeat(rows), None
+        return branch
 
     def adopt(self, branch, row):
         """Goes on as row `row` of a branch."""
@@ -112,8 +113,8 @@ class KVCache:
 
 
 def drop(x, share, training=True):
-    """Dropout of whole features of (B, T, C): the same ones at all positions of a row (Gal and Ghahramani 2016). It holds back
-    learning by heart as well as one mask an element does, whose random numbers are a third of a step on a CPU (bench/LOG.md)."""
+    """Dropout of whole features of (B, T, C): the same ones at all positions of a row (Gal and Ghahramani 2016). It prevents
+    memorising as well as a mask per element, whose random numbers are a third of a step on a CPU (bench/LOG.md)."""
     return x * F.dropout(torch.ones_like(x[:, :1]), share) if training and share else x
 
 
@@ -133,7 +134,7 @@ def make_norm(config):
 
 
 def make_embedding(rows, width):
-    """nn.Embedding; on the meta device without its random numbers, which PyTorch imports the compiler for: half of chat's start."""
+    """nn.Embedding; on the meta device without random numbers, for which PyTorch imports the compiler: half of chat's start."""
     weight = torch.empty(rows, width)
     return nn.Embedding.from_pretrained(weight, freeze=False) if weight.is_meta else nn.Embedding(rows, width)
 
@@ -374,7 +375,7 @@ class GPT(nn.Module):
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         x = self._enter(x, self.config.modern, self.config.dropout if self.training else 0.0, dtype)
         cos, sin = self._rotation(place, x) if self.config.modern else (None, None)
-        # Added, for a compiled softmax is a quarter faster so than where it chooses by a bool.
+        # Additive: with it a compiled softmax is a quarter faster than with a boolean mask.
         mask = torch.where(mask, 0.0, -math.inf).to(x.dtype if cache is None else cache.keys.dtype)
         for layer, block in enumerate(self.blocks):
             if self.checkpointing and self.training:
@@ -422,17 +423,27 @@ class GPT(nn.Module):
         matrices = sum(p.numel() for block in self.blocks for p in block.parameters() if p.dim() == 2)
         return 6 * (matrices + self.head.weight.numel() + self.config.n_layer * self.config.n_embd * self.config.block_size)
 
+    def kept_bytes(self, width, checkpointing=False):
+        """Bytes that a training step keeps of a position for its backward pass where activations have `width` bytes (2 or 4), as
+        counted for an eager step on a CPU; compiled blocks and a GPU's attention keep less."""
+        c = self.config
+        if checkpointing:
+            return (c.n_layer * width + 4) * c.n_embd
+        features = {(True, 2): 60, (True, 4): 94, (False, 2): 32, (False, 4): 65}[c.modern, width]
+        weights = {2: 6, 4: 4}[width] + ({2: 2, 4: 8}[width] if c.dropout and not c.modern else 0)  # of attention
+        return c.n_layer * (features * c.n_embd + weights * c.n_head * c.block_size) + 4 * c.n_embd
+
 
 def extended(model, tokens, dropout, like, known=None):
-    """A copy of `model` with so many tokens more, whose embeddings start near that of the token `like`. `known`: how many of its tokens
-    stay, by default all."""
-    old = known or model.config.vocab_size
-    new = GPT(dataclasses.replace(model.config, vocab_size=old + tokens, dropout=dropout))
+    """A copy of `model` with `tokens` more tokens, whose embeddings start near that of the token `like`. `known`: how many of its
+    tokens to keep, by default all."""
+    known = known or model.config.vocab_size
+    new = GPT(dataclasses.replace(model.config, vocab_size=known + tokens, dropout=dropout))
     state = model.state_dict()
     for name in ("embedding.weight", "head.weight"):
-        known = state[name][:old]
-        added = known[like] + 0.1 * known.std() * torch.randn(new.config.rows - old, known.shape[1])
-        state[name] = torch.cat([known, added.to(known)])
+        old = state[name][:known]
+        added = old[like] + 0.1 * old.std() * torch.randn(new.config.rows - known, old.shape[1])
+        state[name] = torch.cat([old, added.to(old)])
     new.load_state_dict(state)
     return new
 
@@ -460,8 +471,8 @@ class Classifier(nn.Module):
             return self.classifier(read.float())
 
     def freeze(self, tokens, frozen):
-        """Leaves to be trained what is used, or if `frozen` the last block, the norm, the head and the last `tokens` embeddings;
-        returns how many parameters that are."""
+        """Keeps trainable what is used, or if `frozen` only the last block, the norm, the head and the last `tokens` embeddings;
+        returns how many parameters that is."""
         gpt, others = self.gpt, 0
         if not gpt.config.tied:
             gpt.head.requires_grad_(False)  # the language model's: of no use here
@@ -529,7 +540,7 @@ def _on_device(ids, device):
 def adjust(logits, history, sampling):
     """Logits (B, V) with what `sampling` forbids at -inf; `history` (B, n) are the ids of the reply so far."""
     logits = logits.clone()
-    logits.index_fill_(1, _on_device(tuple(sampling.banned), logits.device), -math.inf)
+    logits.index_fill_(1, _on_device(sampling.banned, logits.device), -math.inf)
     n, penalty = sampling.no_repeat_ngram, sampling.repetition_penalty
     if penalty != 1:  # Keskar et al. 2019
         seen = logits.gather(1, history)
@@ -538,7 +549,7 @@ def adjust(logits, history, sampling):
         ngrams = history.unfold(1, n, 1)  # (B, m, n)
         last = history[:, history.shape[1] - n + 1:]  # (B, n - 1)
         row, at = (ngrams[:, :, :-1] == last[:, None]).all(dim=-1).nonzero(as_tuple=True)
-        exempt = _on_device(tuple(sampling.exempt), logits.device)
+        exempt = _on_device(sampling.exempt, logits.device)
         kept = logits[:, exempt]
         logits[row, ngrams[row, at, -1]] = -math.inf
         logits[:, exempt] = kept

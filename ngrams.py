@@ -29,7 +29,7 @@ def counts(rows, n, size=KEYS):
 class Ngrams:
     """TF-IDF of n-grams (sublinear, of length 1) and a multinomial logistic regression on them.
 
-    An n-gram's weights are held back the less, the more often it stands in one class than in the others (Wang and Manning 2012).
+    The more an n-gram's frequency differs between classes, the less its weights are penalised (Wang and Manning 2012).
     """
 
     def __init__(self, n, idf, weight, bias, keys=None):

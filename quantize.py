@@ -71,7 +71,7 @@ def quantize(model, kind):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 if child.in_features % 32 or child.out_features % 16:
-                    raise UserError(f"quantize={kind} needs matrices from a multiple of 32 to a multiple of 16; this model has one from "
-                                    f"{child.in_features} to {child.out_features}")
+                    raise UserError(f"quantize={kind} needs input sizes divisible by 32 and output sizes by 16; this model has a "
+                                    f"matrix from {child.in_features} to {child.out_features}")
                 setattr(module, name, PackedLinear(child, kind))
     return model

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import sys
 
 import numpy as np
@@ -36,13 +37,15 @@ def read_text(path, advice=""):
             return content.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError as error:
             places.append(error.start)
+            if encoding == "utf-8-sig" and len(re.findall(b"[\xe0-\xef]", content[3:error.start])) > 3:  # Chinese, as far as that
+                raise UserError(f"{path} is damaged UTF-8 ({error.reason} at byte {error.start}); save it anew as UTF-8")
     raise UserError(f"{path} is neither UTF-8 (byte {places[0]}) nor GB18030 (byte {places[-1]}); save it as UTF-8")
 
 
 def read_table(path, columns, advice=""):
-    """The rows of a CSV file, of each the cells in these columns, which its first line names; what a short row lacks is empty.
+    """The rows of a CSV file, each the cells of `columns`, which its first line names; cells that a short row lacks are empty.
 
-    What stands between cells is the comma, semicolon or tab by which the first line names the columns."""
+    The delimiter is the comma, semicolon or tab that separates the names in the first line."""
     if path.lower().endswith((".json", ".jsonl")):
         raise UserError(f"{path} is no table: save it as .csv, with {','.join(columns)} as its first line")
     csv.field_size_limit(1 << 30)
@@ -65,7 +68,7 @@ def read_table(path, columns, advice=""):
                 rows.append([row[place].strip() if place < len(row) else "" for place in map(names.index, columns)])
     except csv.Error as error:
         advice = '; a quotation mark " is not closed' if "unexpected end" in str(error) else ""
-        advice = '; one within quotes is written twice: "太""差""了"' if "expected after" in str(error) else advice
+        advice = '; inside quotes a " must be doubled: "太""差""了"' if "expected after" in str(error) else advice
         raise UserError(f"{path}, line {reader.line_num}: {error}{advice}")
     if not names:
         raise UserError(f"{path} is empty; its first line should name the columns, label,review say")
@@ -77,7 +80,7 @@ def read_reviews(path):
     rows = list(filter(any, read_table(
         path, ("label", "review"), "; it should be a CSV with the columns label and review (data/sample_reviews.csv is one), or fetch one: "
         "python data.py download sentiment")))
-    pairs = [(text, name) for name, text in rows if text and name]
+    pairs = [(text, " ".join(name.split())) for name, text in rows if text and name]  # a label is printed in one line
     if not pairs:
         raise UserError(f"{path} holds no review")
     classes = sorted({name for _, name in pairs}, key=lambda name: (len(name), name) if name.isdigit() else (0, name))
@@ -145,7 +148,7 @@ def splits(texts, labels, names, settings):
                 for label, name in enumerate(names):
                     if not (labels[members] == label).any():
                         raise UserError(f"{title}: the {kind} part has no review of class {name!r} ({(labels == label).sum()} in all); "
-                                        "more reviews of it, or other train_percent, val_percent or folds, would help")
+                                        "add reviews of it, or change train_percent, val_percent, folds or split_path")
             yield title, seed, training, validation, test
 
 

@@ -13,6 +13,7 @@ import platform
 import re
 import signal
 import sys
+import tempfile
 import time
 import uuid
 import warnings
@@ -112,7 +113,7 @@ class Processes:
 
     def claim(self, folder):
         """Keeps other programs from training into a folder as long as this one does: each would put aside and prune what the other saves.
-        The lock ends with the process, however that ends, and leaves no file. It is one machine's, and not all file systems have it."""
+        The lock ends with the process, however that ends, and leaves no file. It holds on one machine, where the file system can lock."""
         real = os.path.realpath(folder)  # it may have several names
         if real in self.claimed:
             return
@@ -131,8 +132,8 @@ class Processes:
             os.close(place)
         if full := isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
                 "can't allocate memory" in str(error) and not isinstance(error, UserError)):
-            error = UserError(f"rank {self.rank}: the memory is full; micro_batch=1 holds a row at a time, a smaller block_size "
-                              "less, checkpointing=True takes a third more time; what was saved is whole")
+            error = UserError(f"rank {self.rank}: the memory is full; micro_batch=1, a smaller block_size or "
+                              "checkpointing=True (a third slower) takes less; saved checkpoints are intact")
         if error is None:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -185,9 +186,7 @@ class Runtime:
 
     def autocast(self):
         """The context that computes matrix products in `dtype`."""
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def tensors(self, *arrays):
         """Arrays as tensors on the device."""
@@ -202,9 +201,8 @@ class Runtime:
 def start(settings, processes=None):
     """The Runtime of this process; joins the group of `processes` when torchrun started it."""
     processes = processes or Processes()
-    torch.set_flush_denormal(True)  # AdamW's means of tokens long not met would slow a CPU's step; threads yet to come inherit it
-    quiet = processes.rank > 0
-    device = pick_device(settings.device, processes.local_rank, quiet)
+    torch.set_flush_denormal(True)  # denormal AdamW means of tokens not seen for long slow a CPU; later threads inherit it
+    device = pick_device(settings.device, processes)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
@@ -215,7 +213,7 @@ def start(settings, processes=None):
         processes.meet()  # a process without its device must not leave the others waiting in the next line
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=processes.rank,
                                 world_size=processes.world, store=dist.PrefixStore("group", processes.store))
-    return Runtime(device, pick_dtype(settings.dtype, device, quiet), processes)
+    return Runtime(device, pick_dtype(settings.dtype, device, processes), processes)
 
 
 def threads_are_set(processes):
@@ -239,34 +237,34 @@ def explain_processes(runtime, values):
         runtime.say(f"world_size={asked} is ignored: there {'is 1 process' if runtime.world == 1 else f'are {runtime.world} processes'}")
 
 
-def pick_device(name, local_rank=0, quiet=False):
+def pick_device(name, processes):
     """The torch device that a setting means here; one that is missing is replaced by the CPU, with a line."""
     kind, _, index = name.partition(":")
     mps = torch.backends.mps.is_available()
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if kind not in ("cpu", "cuda", "mps") or (index and not (index.isdecimal() and name.startswith("cuda:"))):
-        raise UserError(f"device={name} is none of auto, cpu, cuda, cuda:N, mps")
+        raise UserError(f"device={name} is not one of auto, cpu, cuda, cuda:N, mps")
     if kind == "cuda" and not torch.cuda.is_available() or kind == "mps" and not mps:
-        if not quiet:
+        if processes.rank == 0:
             print(f"device={name} is not there: using the CPU", file=sys.stderr, flush=True)
         return torch.device("cpu")
     if kind == "cuda":
-        if index and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
-            raise UserError(f"device={name} would be every process's; use device=cuda")
-        number = int(index) if index else local_rank
+        if index and processes.local_world > 1:
+            raise UserError(f"device={name} is one GPU for all processes; use device=cuda")
+        number = int(index) if index else processes.local_rank
         if number >= torch.cuda.device_count():
-            raise UserError(f"device cuda:{number} does not exist; this machine has {torch.cuda.device_count()}: "
-                            "start no more processes a node than that")
+            raise UserError(f"there is no cuda:{number}; this machine has {torch.cuda.device_count()} GPUs: "
+                            "use a lower number, or fewer processes")
         return torch.device("cuda", number)
     return torch.device(kind)
 
 
-def pick_dtype(name, device, quiet=False):
+def pick_dtype(name, device, processes):
     """The torch dtype that a setting means on this device."""
     if name != "auto":
         if name == "float16" and device.type == "cpu":
-            if not quiet:
+            if processes.rank == 0:
                 print("dtype=float16 is not for CPUs: using bfloat16", file=sys.stderr, flush=True)
             return torch.bfloat16
         return getattr(torch, name)
@@ -293,8 +291,8 @@ def add_up(runtime, *values):
 
 
 class _Output(io.FileIO):
-    """A terminal that may be closed, before SIGHUP is noticed even, a pipe to `tee`, which Ctrl-C ends as well, or a file on a full disk:
-    what is written then is lost, which is no error."""
+    """Output that may fail: a terminal that is closed, a pipe to `tee`, which Ctrl-C ends too, or a file on a full disk. What is written
+    then is lost without an error."""
 
     def write(self, content):
         try:
@@ -312,8 +310,7 @@ class StopSignal:
     """
 
     def __init__(self, processes):
-        self.name = None
-        self.parent = processes.parent
+        self.asked, self.parent = False, processes.parent
         for name in ("stdout", "stderr"):
             if (stream := getattr(sys, name)) is getattr(sys, f"__{name}__"):  # no notebook's
                 output = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
@@ -324,18 +321,18 @@ class StopSignal:
                 signal.signal(number, self._notice)
 
     def _notice(self, number, frame):
-        if self.name is not None and number == signal.SIGINT:
+        if self.asked and number == signal.SIGINT:
             os.write(2, b"\nleaving at once\n")
             os._exit(130)
-        self.name = signal.Signals(number).name
+        self.asked = True
 
     def __bool__(self):
-        return self.name is not None or self.parent not in (None, os.getppid())
+        return self.asked or self.parent not in (None, os.getppid())
 
 
 @contextlib.contextmanager
 def undisturbed(wish=True):
-    """Programs and threads started within, if so wished, hear no Ctrl-C: it goes to all of a terminal's programs, and a linker that it
+    """Programs and threads started within get no Ctrl-C (if `wish`): a terminal sends it to all its programs, and a linker that it
     ended would leave half a file in PyTorch's cache, on which every later run would fail."""
     wish = wish and os.name == "posix"
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)) if wish else None
@@ -380,7 +377,7 @@ def distribute(runtime, model):
 
 
 def can_record(runtime, settings, pieces):
-    """Whether a step's passes over so many pieces are recorded as a CUDA graph: on one GPU, and where launching kernels counts."""
+    """Whether a step of so many `pieces` is recorded as a CUDA graph: on one GPU, compiled, where launching kernels counts."""
     return (runtime.device.type == "cuda" and not dist.is_initialized() and settings.compile and not settings.checkpointing
             and pieces <= 16)
 
@@ -395,8 +392,8 @@ def step_bar(runtime, **options):
 
 
 def tensorboard(runtime, path, step=0):
-    """TensorBoard's Log in the main process; elsewhere, and without a path, one that writes nothing. What is there of later steps
-    than `step` is hidden; where a run begins, all of it moves into a folder of its own and stays a curve."""
+    """TensorBoard's Log in the main process; elsewhere, and without a path, one that writes nothing. Events there from
+    after `step` are hidden; at step 0 all of them move into a folder of their own and remain a curve."""
     if path is None or not runtime.main:
         return Log(None)
     with warnings.catch_warnings(action="ignore"):
@@ -404,6 +401,7 @@ def tensorboard(runtime, path, step=0):
     before = os.path.join(path, time.strftime("before-%Y%m%d-%H%M%S"))
     try:
         os.makedirs(path, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()  # an error of the writer's would be its thread's, with a traceback
         with contextlib.suppress(UserError):  # another run is writing there: it opens its file by name, which must not move
             runtime.processes.claim(path)
             for name in glob.glob("events.out.tfevents.*", root_dir=path) if step == 0 else []:
@@ -414,7 +412,7 @@ def tensorboard(runtime, path, step=0):
 
 
 class Log:
-    """A SummaryWriter's methods. Where it cannot write any more, its disk is full say, it says so and the run goes on."""
+    """A SummaryWriter that, once it cannot write (a full disk, say), prints one line and lets the run go on."""
 
     def __init__(self, writer):
         self.writer = writer

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 
 import numpy as np
@@ -41,7 +42,7 @@ def start(processes):
     parser = settings_module.parser(
         SentimentSettings, "python sentimentalTrain.py CONFIG… [key=value …] [--dry-run] [--table PATH]\n"
         "       python sentimentalTrain.py CONFIG|CHECKPOINT --predict FILE|- | --predict-text TEXT")
-    parser.add_argument("config", nargs="+", help="YAML files, key=value; to predict also a classifier's .pth")
+    parser.add_argument("config", nargs="+", help="YAML files, key=value; with --predict a .pth file too")
     parser.add_argument("--dry-run", action="store_true", help="print settings, size, memory and FLOPs, and stop")
     parser.add_argument("--table", metavar="PATH", default="checkpoints/ablation",
                         help="where the table of several configurations goes, as PATH.md and PATH.png (default: %(default)s)")
@@ -73,7 +74,7 @@ def start(processes):
         text = (options.predict_text or "").encode("utf-8", "replace").decode()  # a shell may pass what is not UTF-8
         texts = [text] if options.predict_text is not None else reviews.read_unlabelled(options.predict)
         return predict(path, texts, runtime)
-    for settings in several:  # what can be wrong with the last shows before the first has taken hours
+    for settings in several:  # a mistake in the last shows before the first has run for hours
         check(settings, [settings.checkpoint_root for settings in several])
     files = sorted({path for settings in several for path in (settings.sentimental_data_path, settings.split_path) if path})
     processes.once(lambda: ", ".join(f"{path} ({file_sha256(path)[:8]})" for path in files))  # the same on each machine
@@ -106,14 +107,14 @@ def check(settings, roots):
         raise UserError("base_model is not set; name a checkpoint, for example base_model=checkpoints/demo/best.pth")
     roots, (folder, name) = list(map(os.path.realpath, roots)), os.path.split(settings.base_model)
     if roots.count(os.path.realpath(settings.checkpoint_root)) > 1:
-        raise UserError(f"checkpoint_root={settings.checkpoint_root} is that of several configurations: each would put aside what the one "
-                        "before it made; give each its own")
+        raise UserError(f"checkpoint_root={settings.checkpoint_root} is shared by several configurations: each would set aside the "
+                        "previous one's results; give each its own")
     for root in roots if checkpoint.OURS.fullmatch(name) else []:
         if re.fullmatch(r"\.|seed\d+(-(split|fold)\d+)?", os.path.relpath(os.path.realpath(folder), root)):
             raise UserError(f"base_model={settings.base_model} lies in checkpoint_root: a classifier would take its place, "
                             "and the next run start from that; name another checkpoint_root")
     if (settings.data_path or "").lower().endswith((".csv", ".tsv")):
-        raise UserError(f"data_path={settings.data_path} would be a corpus of dialogues; reviews are named by sentimental_data_path")
+        raise UserError(f"data_path={settings.data_path} is for a corpus of dialogues; name reviews with sentimental_data_path")
     texts, labels, names, _ = reviews.read_reviews(settings.sentimental_data_path)
     for _, _, training, *_ in reviews.splits(texts, labels, names, settings):
         if len(training) < settings.train_batch:
@@ -133,7 +134,7 @@ def experiment(settings, runtime, stopping, dry_run):
         runtime.say(f"patience={settings.patience} is not used: with val_percent=0 nothing is held out")
     texts, labels, names, left_out = reviews.read_reviews(settings.sentimental_data_path)
     if left_out:
-        runtime.say(f"{settings.sentimental_data_path}: {left_out} rows without a review or label are left out")
+        runtime.say(f"{settings.sentimental_data_path}: rows without a review or label, left out: {left_out}")
     runtime.say(f"settings  {', '.join(f'{k}={v}' for k, v in dataclasses.asdict(settings).items())}\n"
                 f"machine   {runtime.device}, {str(runtime.dtype).removeprefix('torch.')}, processes: {runtime.world}")
     classes = ", ".join(f"{name}: {count}" for name, count in zip(names, np.bincount(labels)))
@@ -180,8 +181,8 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
     numbers = torch.from_numpy(reviews.hashes(texts))
     met = torch.cat([met, numbers[training], numbers[validation]]).unique()
     if known := torch.isin(numbers[test], met).sum():
-        runtime.say(f"warning: {known} of the {len(test)} reviews that are tested on have also been trained on, as copies in another part "
-                    f"or before by base_model={settings.base_model}: the figures will be too high")
+        runtime.say(f"warning: {known} of the {len(test)} reviews in the test part were also trained on, as copies in another part "
+                    f"or earlier, by base_model={settings.base_model}: the figures will be too high")
     uncut = tokenizer.encode_batch(texts)  # the n-grams see all of a review
     rows = reviews.encode(uncut, classifier.gpt.config.vocab_size - NEW, block_size)
     lengths = np.array([len(row) for row in rows])
@@ -228,7 +229,7 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
             mine = list(enumerate(np.array_split(batch, pieces)))[runtime.rank::runtime.world]
             for number, piece in mine:
                 rt.seed_step(seed, step, number)
-                weight, piece = (1.0, piece) if len(piece) else (0.0, batch[:1])  # an exchange takes all processes
+                weight, piece = (1.0, piece) if len(piece) else (0.0, batch[:1])  # all processes must exchange
                 ids, ends, wanted = runtime.tensors(*reviews.pad([rows[i] for i in piece], unit), labels[piece])
                 with rt.exchange(distributed, number == mine[-1][0]):
                     with runtime.autocast():
@@ -237,7 +238,8 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
                     scaler.scale(loss * (runtime.world / len(batch))).backward()  # DDP takes the mean over processes
                 nats += loss.item()
                 right += (scores.argmax(dim=-1) == wanted).sum().item() * weight
-            norm = update(optimizers, scaler, classifier, settings, distributed is not None)
+            norm = update(optimizers, scaler, classifier, settings)
+            classifier.zero_grad(set_to_none=distributed is None)
             refused = 0 if math.isfinite(norm) else refused + 1
             if refused == 20:
                 raise UserError(f"the gradient has not been finite for {refused} steps at step {step}: lower lr={settings.lr}")
@@ -263,7 +265,7 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
             words = [f"{name.replace('_', ' ')} {round(value, 4)}" for name, value in told.items()]
             bar.write(f"{', '.join(words)}, {(time.perf_counter() - begin) / 60:.1f} minutes")
         worse += 1
-        value = lambda told: (told["validation"], told["validation_auc"])  # of few reviews many epochs get as many right
+        value = lambda told: (told["validation"], told["validation_auc"])  # with few reviews accuracies are often equal
         if best is None or not len(validation) or value(told) > value(best):
             best, worse = told, 0
             best_state = {name: value.cpu().clone() for name, value in classifier.state_dict().items()}
@@ -326,6 +328,7 @@ def predict(path, texts, runtime):
     """Prints a line for each text: label, tab, probability; an empty line for an empty text."""
     classifier, linear, tokenizer, saved = load(path)
     classifier.to(runtime.device)
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     unit = reviews.width_unit(saved["use_mask"], saved["block_size"])
     texts = list(map(str.strip, texts))
     with tqdm(total=sum(map(bool, texts)), unit="review", disable=None if runtime.main else True) as bar:
@@ -371,18 +374,20 @@ def count_pieces(settings, runtime):
 
 
 def describe_run(runtime, classifier, trained, parts, lengths, filling, unknown):
-    """What is about to be trained, on what. `filling`, `unknown`: shares of all tokens."""
+    """Says what is about to be trained, on what. `filling`, `unknown`: shares of all tokens."""
     training, validation, test = parts
     parameters = classifier.gpt.count_parameters()
     config, tokens = classifier.gpt.config, int(lengths[training].sum())
-    work = classifier.gpt.flops_per_token() - 6 * classifier.gpt.head.weight.numel()
+    learning = np.mean([block.attention.q.weight.requires_grad for block in classifier.gpt.blocks])
+    work = (classifier.gpt.flops_per_token() - 6 * classifier.gpt.head.weight.numel()) * (2 + learning) / 3
+    held = sum(p.numel() for p in classifier.parameters() if p.requires_grad)  # of all embeddings, where some are trained
     for name, text in (
             ("model", f"{config.arch}, {config.n_layer} layers, {config.n_embd} wide, {parameters / 1e6:.2f}M parameters, "
                       f"{trained / 1e6:.2f}M of them trained"),
             ("data", f"{len(training)} reviews to train on ({tokens:,} tokens, {filling:.2%} filling), "
                      f"{len(validation)} to choose the epoch, {len(test)} to test"
                      + (f"; {unknown:.2%} of all tokens <unk>" if unknown > 1e-4 else "")),
-            ("memory", f"about {(4 * parameters + 12 * trained) / 2**30:.2f} GiB of weights, gradients and optimizer"),
+            ("memory", f"about {(4 * parameters + 12 * held) / 2**30:.2f} GiB of weights, gradients and optimizer"),
             ("work", f"{work * tokens / (1 - filling) / 1e12:.1f} TFLOP an epoch")):
         runtime.say(f"{name:<9} {text}")
 

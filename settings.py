@@ -30,21 +30,22 @@ def key(default, help, low=None, high=None, choices=None):
 class Common:
     """Keys that every script understands."""
 
-    device: str = key("auto", "auto, cpu, cuda, cuda:N or mps; a device that is not there falls back to the CPU and says so")
-    dtype: str = key("auto", "arithmetic of matrix products: auto is bfloat16 where the device computes it fast",
+    device: str = key("auto", "auto, cpu, cuda, cuda:N or mps; a missing device is replaced by the CPU, with a message")
+    dtype: str = key("auto", "precision of matrix products; auto: bfloat16 where the device is fast at it",
                      choices=("auto", "float32", "bfloat16", "float16"))
     seed: int = key(1337, "seed of weights, data order, dropout, sampling and the choice of what is held out", low=0, high=2**32 - 1)
     data_path: str | None = key(None, "corpus: .txt (an utterance a line, an empty line between dialogues) or .jsonl")
-    checkpoint_root: str = key("checkpoints", "folder that checkpoints are written to")
-    resume_from: str | None = key(None, "checkpoint to start from; auto: the newest in checkpoint_root (chat: the best), if there is one")
+    checkpoint_root: str = key("checkpoints", "folder of checkpoints: train.py and sentimentalTrain.py write there, chat.py reads")
+    resume_from: str | None = key(None, "train.py, chat.py: checkpoint to start from; auto: the newest (chat: the best) in "
+                                         "checkpoint_root, if there is one")
 
 
 @dataclasses.dataclass(frozen=True)
 class Training(Common):
     """Keys of everything that trains."""
 
-    compile: bool = key(False, "compile the model's parts with torch.compile; on one GPU also record each step as a CUDA graph")
-    block_size: int = key(256, "positions in a row: the longest context", low=2, high=2**20)
+    compile: bool = key(False, "train.py: compile the model's parts with torch.compile; on one GPU also record each step as a CUDA graph")
+    block_size: int = key(256, "row length in tokens: longest context", low=2, high=2**20)
     dropout: float = key(0.0, "dropout on embeddings and residual branches (arch=gpt2: on attention too)", low=0, high=0.95)
     train_percent: float = key(0.98, "share of the dialogues (reviews) that is trained on", low=0, high=1)
     train_batch: int = key(16, "rows in a step, over all processes and accumulation", low=1, high=2**20)
@@ -62,7 +63,7 @@ class Training(Common):
     min_lr: float = key(0.0, "last learning rate of AdamW; Muon's keeps the same proportion", low=0)
     warmup_steps: int = key(0, "steps of linear warm-up", low=0)
     schedule: str = key("cosine", "wsd: warm-up, stable, then linear decay", choices=("cosine", "wsd"))
-    decay_steps: int | None = key(None, "steps until min_lr where neither max_steps nor max_minutes is set; empty: max_epoch's", low=1)
+    decay_steps: int | None = key(None, "steps until min_lr if neither max_steps nor max_minutes is set; empty: at max_epoch", low=1)
     decay_share: float = key(0.6, "wsd: share of the run in which the rate falls", low=0, high=1)
     weight_decay: float = key(0.1, "on matrices; vectors have none", low=0)
     beta1: float = key(0.9, "AdamW", low=0, high=0.9999)
@@ -82,10 +83,10 @@ class TrainSettings(Training):
     n_embd: int = key(256, "width", low=1, high=2**20)
     bias: bool = key(True, "gpt2: biases in Linear and LayerNorm (modern has none)")
     tied: bool | None = key(None, "output layer shares the token embedding; empty: gpt2 yes, modern no")
-    bigram_start: bool = key(True, "a new modern model with an output layer of its own starts from which token follows which in the corpus")
+    bigram_start: bool = key(True, "start a new modern model that has its own output layer from the bigram counts of the corpus")
     tokenizer: str = key("char", "char, bpe, or the path of a tokenizer or checkpoint to take it from")
     vocab_size: int | None = key(None, "largest vocabulary; empty: all characters (bpe: 8000)", low=4, high=2**24)
-    min_freq: int = key(1, "char: rarer characters become <unk>; bpe: rarer pairs (under 2 at least) are not joined", low=1, high=2**31 - 1)
+    min_freq: int = key(1, "char: rarer characters become <unk>; bpe: pairs rarer than this or 2 are not merged", low=1, high=2**31 - 1)
     eval_freq: int = key(500, "steps between evaluations", low=1)
     eval_steps: int | None = key(None, "batches of test_batch in an evaluation; empty: all that is held out", low=1)
     save_freq: int = key(1000, "steps between checkpoints; an evaluation saves one too", low=1)
@@ -97,16 +98,16 @@ class ChatSettings(Common):
     """chat.py: talk with a checkpoint."""
 
     seed: int | None = key(None, "same seed, same replies; empty: other ones each time", low=0)
-    quantize: str | None = key(None, "weights in 8 or 4 bits: less memory, faster", choices=("int8", "int4"))
+    quantize: str | None = key(None, "CPU only: weights in 8 or 4 bits, faster", choices=("int8", "int4"))
     temperature: float = key(0.65, "0: always the likeliest token", low=0, high=1e6)
     top_k: int = key(0, "sample among the k likeliest tokens; 0: all", low=0)
     top_p: float = key(0.92, "sample among the likeliest tokens that hold this share of probability", low=0, high=1)
     min_p: float = key(0.0, "drop tokens under this share of the likeliest one's probability", low=0, high=1)
     repetition_penalty: float = key(1.0, "above 1: tokens already in the reply become less likely", low=1)
-    no_repeat_ngram: int = key(3, "a reply never repeats so many tokens in a row; 0: may", low=0)
+    no_repeat_ngram: int = key(3, "no reply repeats this many tokens in a row; 0: any", low=0)
     max_new_tokens: int = key(100, "longest reply", low=1)
     best_of: int = key(1, "replies to choose from; they come in one batch, and the reply is not streamed", low=1, high=256)
-    mmi_weight: float = key(0.5, "best_of: how much a reply that is likely after anything at all is held against it", low=0)
+    mmi_weight: float = key(0.5, "best_of: how much to penalise a reply for being likely after anything", low=0)
     history_path: str | None = key("~/.small_gpt_history", "file of the lines typed at the terminal; empty: forget them")
 
 
@@ -118,7 +119,7 @@ class SentimentSettings(Training):
     base_model: str | None = key(None, "checkpoint to start from: a GPT or another classifier")
     use_mask: bool = key(True, "True: read the class at <extract>; False: at the last position of the padded row")
     frozen: bool = key(False, "train only the last block, the final norm, the head and the two new embeddings")
-    causal: bool = key(True, "False: while fine-tuning, positions see the later ones too")
+    causal: bool = key(True, "False: positions see later ones too, in prediction as well")
     ngrams: int = key(0, "add a linear model on the hashed 1- to n-grams of tokens to the scores; 0: none", low=0, high=8)
     val_percent: float = key(0.1, "share of the training part that the epoch is chosen on; 0: take the last epoch", low=0, high=0.9)
     seeds: list[int] | None = key(None, "repeat with each of these seeds (weights and split); empty: seed alone", low=0, high=2**32 - 1)
@@ -128,7 +129,7 @@ class SentimentSettings(Training):
 
 SCRIPTS = (TrainSettings, ChatSettings, SentimentSettings)
 IGNORED = {"ddp", "local_rank", "world_size"}  # the original's: torchrun's environment decides
-KNOWN = IGNORED.union(*({f.name for f in dataclasses.fields(script)} for script in SCRIPTS))
+KNOWN = IGNORED.union(*(script.__dataclass_fields__ for script in SCRIPTS))
 
 
 def _parse(field, value):
@@ -163,13 +164,13 @@ def _parse(field, value):
             continue
         low, high, choices = (field.metadata[k] for k in ("low", "high", "choices"))
         if choices and parsed not in choices:
-            raise UserError(f"{name}={parsed} is none of {', '.join(choices)}")
+            raise UserError(f"{name}={parsed} is not one of {', '.join(choices)}")
         for number in parsed if isinstance(parsed, list) else [parsed] if kind in (int, float) else []:
             if (low is not None and number < low) or (high is not None and number > high):
                 raise UserError(f"{name}={value} must be {'' if low is None else f'at least {low}'}"
                                 f"{' and ' if None not in (low, high) else ''}{'' if high is None else f'at most {high}'}")
         return parsed
-    plain = {types.NoneType: "empty", int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+    plain = {types.NoneType: "empty", int: "a whole number", float: "a number", bool: "True or False", str: "text"}
     names = " or ".join(plain.get(kind, "a list of whole numbers") for kind in allowed)
     raise UserError(f"{name}={value!r} must be {names} ({field.metadata['help']})")
 
@@ -177,14 +178,14 @@ def _parse(field, value):
 def read_yaml(path):
     """The mapping in a YAML file, or a UserError that says what is wrong with it."""
     if path.endswith(".pth"):
-        raise UserError(f"{path} is a checkpoint where a configuration belongs, a YAML file; config holds some")
+        raise UserError(f"{path} is a checkpoint, but a configuration is needed here: a YAML file, see config/")
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read()
         values = yaml.safe_load(text)
     except FileNotFoundError:
         if path.partition("=")[0] in KNOWN:
-            raise UserError(f"{path} stands where a file should: first the configuration, then key=value")
+            raise UserError(f"{path} is not a YAML file: name the configuration first, then key=value")
         folder = os.path.dirname(path) or "."
         files = ", ".join(sorted(glob.glob("*.y*ml", root_dir=folder)))
         raise UserError(f"{path} does not exist" + (f"; in {folder} there are {files}" if files else ""))
@@ -244,7 +245,7 @@ def overrides(pairs):
         name, equals, value = pair.partition("=")
         if not equals:
             raise UserError(f"{pair!r} is not of the form key=value")
-        values[name.strip()] = value
+        values[name.strip()] = value.strip()
     return values
 
 
@@ -255,13 +256,13 @@ def parser(script, usage):
         default = "-" if field.default is None else field.default
         choices = f" [{', '.join(field.metadata['choices'])}]" if field.metadata["choices"] else ""
         lines.append(f"  {field.name:<22}{field.metadata['help']}{choices} (default: {default})")
-    return argparse.ArgumentParser(description=script.__doc__, usage=usage, epilog="\n".join(lines).replace("%", "%%"),
+    return argparse.ArgumentParser(description=script.__doc__, usage=usage, epilog="\n".join(lines),
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def tune_allocator():
-    """Keeps glibc's malloc from giving pages back and faulting them in anew each time, a fifth of a training step on a CPU, and asks
-    Linux for huge pages, a twentieth."""
+    """Keeps glibc's malloc from returning pages and faulting them in again (a fifth of a training step on a CPU) and asks Linux
+    for huge pages (a twentieth)."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         for parameter, value in ((-1, 2**31 - 1), (-2, 256 << 20), (-4, 0)):  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX

@@ -17,7 +17,6 @@ from settings import UserError
 
 UNK, SEP, PAD = 0, 1, 2
 SPECIALS = ("<unk>", "<sep>", "<pad>")
-CODE_POINTS = 0x110000
 
 
 def code_points(text):
@@ -30,6 +29,12 @@ def text_of(points):
     return points if isinstance(points, str) else points.tobytes().decode("utf-32-le", "surrogatepass")
 
 
+def _in_words(character):
+    """Whether it is a letter, digit or mark of a script whose words are longer than a character."""
+    ideograph = "\u3400" <= character <= "\u9fff" or "\uf900" <= character <= "\ufaff" or character >= "\U00020000"
+    return unicodedata.category(character)[0] in "LMN" and not ideograph
+
+
 class Tokenizer:
     """What both tokenizers share. A subclass has `size`, `pieces` (bytes of each id), `encode` and `state`."""
 
@@ -38,20 +43,22 @@ class Tokenizer:
         return b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")
 
     def decode_stream(self, ids):
-        """Yields the text of each id as it comes, holding bytes back until their character is whole, for ever at the end."""
+        """Yields the text of each id as it comes, holding bytes back until their character is whole, dropped at the end."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for i in ids:
             yield decoder.decode(self.pieces[i])
 
     def banned(self, vocab_size):
-        """Ids that a model of so many never says: <unk>, what breaks a line or moves a terminal's cursor, a classifier's <start> and
+        """Ids that must never be sampled of `vocab_size`: <unk>, line breaks and control characters, a classifier's <start> and
         <extract>."""
         harmful = lambda piece: any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in piece.decode("utf-8", "ignore"))
         return (*(i for i, piece in enumerate(self.pieces) if i == UNK or i > PAD and harmful(piece)), *range(self.size, vocab_size))
 
     def parts(self):
-        """Ids that are parts of words or numbers, or of a character in UTF-8: these repeat where nothing is said twice."""
-        return tuple(i for i, piece in enumerate(self.pieces) if re.match(rb"[A-Za-z0-9 \x80-\xff]\Z|[\x80-\xbf]", piece))
+        """Ids that are parts of words or numbers, or of a character in UTF-8: these repeat where nothing is said twice. A Chinese
+        character is a word, and so is what begins with a space in BPE."""
+        return tuple(i for i, piece in enumerate(self.pieces) if re.fullmatch(rb"[ \x80-\xff]|[\x80-\xbf].*", piece, re.DOTALL)
+                     or i > PAD and all(map(_in_words, piece.decode("utf-8", "replace"))))
 
     def encode_batch(self, texts):
         """The ids of each text, a list of (n,) arrays."""
@@ -73,7 +80,7 @@ class Tokenizer:
 
     @property
     def dtype(self):
-        """The smallest integer type that holds every id."""
+        """uint16 if that holds every id, else uint32."""
         return np.uint16 if self.size <= 0x10000 else np.uint32
 
     def save(self, path):
@@ -111,7 +118,7 @@ class CharTokenizer(Tokenizer):
         return cls(text_of(order.astype(np.uint32)))
 
     def grown(self, other, vocab_size=None):
-        """This one with the other's characters that it has not, behind its own, up to `vocab_size` ids in all."""
+        """A copy with the other's new characters appended, up to `vocab_size` ids in all."""
         known = set(self.vocabulary)
         new = [character for character in other.vocabulary if character not in known]
         return CharTokenizer(self.vocabulary + "".join(new[:None if vocab_size is None else max(0, vocab_size - self.size)]))

@@ -25,7 +25,7 @@ def main():
     begin = time.perf_counter()
     parser = settings_module.parser(TrainSettings, "python train.py CONFIG [key=value …] [--dry-run]")
     parser.add_argument("config", help="YAML file")
-    parser.add_argument("override", nargs="*", default=[], help="key=value")
+    parser.add_argument("override", nargs="*", help="key=value")
     parser.add_argument("--dry-run", action="store_true", help="print settings, size, memory and FLOPs, and stop")
     options = parser.parse_intermixed_args()
     with rt.Processes() as processes:
@@ -68,7 +68,7 @@ def train(settings, runtime, dry_run, begin):
     if runtime.main and settings.bigram_start and not saved and model.config.modern and not model.config.tied:
         first, second, count = map(torch.from_numpy, epoch.bigrams())
         if count.sum() >= tokenizer.size:  # less says nothing of most tokens
-            runtime.say("the model starts from which token follows which in the corpus (bigram_start)")
+            runtime.say("the model starts from the bigram counts of the corpus (bigram_start)")
             model.start_from_bigrams(first, second, count)  # DDP gives it to the other processes
     model.to(device).train()
     model.checkpointing = settings.checkpointing
@@ -116,9 +116,11 @@ def train(settings, runtime, dry_run, begin):
         progress["minutes"], step = minutes, progress["step"]
         share = share_done(settings, step, minutes, progress["epoch"] + progress["row"] / len(epoch))
         finished = (share >= 1 and step > 0) or (settings.patience is not None and progress["worse"] >= settings.patience)
+        if finished and step == begun and saved_step < 0:
+            raise UserError(f"{path} is at step {step}, after which nothing is left to do: raise max_steps, max_minutes or max_epoch")
         due = not wish and step not in (0, progress["scored"]) and (finished or step % settings.eval_freq == 0)
         better = False
-        if due and saved_step >= 0:  # a run's first evaluation comes after its first save, below: memory may not hold it
+        if due and saved_step >= 0:  # a run saves, below, before its first evaluation, which may run out of memory
             before, metrics = metrics.get("tokens"), evaluate(model, held_out, tokenizer, settings, runtime) | dict(step=step)
             if before not in (None, metrics["tokens"]):  # eval_steps or test_batch is another: losses do not compare
                 progress |= dict(best=math.inf, worse=0)
@@ -149,7 +151,7 @@ def train(settings, runtime, dry_run, begin):
                 if better:
                     checkpoint.name_also(saved_path, "best.pth")
             saved_step, tick, tick_tokens = step, time.perf_counter(), 0
-        if due:  # evaluate, after the first save; or, evaluated, see whether patience is at its end
+        if due:  # now evaluate, if that was the first save; else see whether patience has run out
             continue
         if wish:
             rt.add_up(runtime, 0)  # waits until rank 0 has saved: a launcher may end all processes when the first has ended
@@ -161,15 +163,16 @@ def train(settings, runtime, dry_run, begin):
             bar.close()
             best = f", and best.pth with the best validation loss, {progress['best']:.4f}" if math.isfinite(progress["best"]) else ""
             poor = best and progress["best"] > math.log(tokenizer.size) + 0.1  # where an untrained model may be
-            best += f", which is worse than guessing ({math.log(tokenizer.size):.4f}): lower lr={settings.lr}" if poor else ""
+            best += (f", which is worse than guessing ({math.log(tokenizer.size):.4f}): lower lr={settings.lr}, or take more text"
+                     if poor else "")
             learnt = mean_loss is None or mean_loss < progress["best"]  # its training text, better than best.pth
             last = "last.pth" + (" (it knows its training text better than best.pth)" if best and not poor else "")
             name = "best.pth" if progress["best"] == metrics.get("loss") or best and (settings.patience or not learnt) else last
-            why = f" ({settings.patience} evaluations without improvement)" if share < 1 else ""
+            why = f" (evaluations without improvement: {settings.patience})" if share < 1 else ""
             limits = "patience" if why else "max_steps, max_minutes or max_epoch"
             slow = settings.compile and compiling > 0.5 * (settings.max_minutes or math.inf)
-            why += " (more than half of them for the first step, compiled: raise max_minutes, or give compile=False)" if slow else ""
-            why += f" (nothing was left to do: raise {limits})" if step == begun else ""
+            why += " (more than half of it compiling the first step: raise max_minutes, or give compile=False)" if slow else ""
+            why = f" (nothing was left to do: raise {limits})" if step == begun else why
             runtime.say(f"finished after {step} steps and {minutes:.1f} minutes{why}: {settings.checkpoint_root}/last.pth{best}\n"
                         f"talk to it: python chat.py {shlex.quote(settings.checkpoint_root)}/{name}")
             break
@@ -183,11 +186,13 @@ def train(settings, runtime, dry_run, begin):
         tensors = runtime.tensors(*epoch.batch(first, first + rows))
         with rt.undisturbed(settings.compile):
             total = learn(*tensors, torch.full((), runtime.world / count, device=device))  # DDP takes the mean over processes
-        norm = update(optimizers, scaler, model, settings, distributed is not None, keep=record and learn.graph is not None)
+        norm = update(optimizers, scaler, model, settings)
+        if not (record and learn.graph):  # a recorded step overwrites its gradients
+            model.zero_grad(set_to_none=distributed is None)  # DDP's buckets hold them; done before the step, a CPU's is a twentieth slower
         refused = 0 if math.isfinite(norm) else refused + 1
         if refused == 20:
             raise UserError(f"the gradient has not been finite for {refused} steps at step {step}: lower lr={settings.lr} "
-                            f"(muon_lr={settings.muon_lr}) and go on from a checkpoint before it, resume_from=PATH, or start anew")
+                            f"(muon_lr={settings.muon_lr}) and resume from an earlier checkpoint, resume_from=PATH, or start over")
         progress["step"] += 1
         progress["tokens"] += count
         progress["row"] += settings.train_batch
@@ -223,10 +228,10 @@ def find_checkpoint(settings, runtime, rename):
         path, content = checkpoint.newest(settings.checkpoint_root, corpus, rename)
     elif runtime.main and path is not None:
         content = checkpoint.read(path, corpus)
-    path, *mark = json.loads(runtime.processes.tell(json.dumps([path, content and content.get("progress")])))
+    path, mark = json.loads(runtime.processes.tell(json.dumps([path, content and content.get("progress")])))
     if path is not None and not runtime.main:
         content = checkpoint.read(path, corpus) if os.path.exists(path) else {}
-        if json.loads(json.dumps([content.get("progress")])) != mark:
+        if content.get("progress") != mark:
             raise UserError(f"{path}, which rank 0 goes on from, is not on {platform.node()}: "
                             "put it on a disk that all machines share, or copy it to each")
     return path, content
@@ -272,24 +277,28 @@ def starting_point(settings, runtime, path, saved, made):
     """(progress, same_run): where the run begins, and whether it goes on in the folder of its checkpoint. `made`: the store's manifest.
 
     A new run, and one on another corpus than its checkpoint's (or from a classifier), begins at step 0; else it begins at its
-    checkpoint's step. It does not go on in the folder where that is another's, or has later files: then it counts its best anew, and its
-    first save sets aside what lies in checkpoint_root, for pruning would take the later files for the newest.
+    checkpoint's step. If the folder is another run's or has later files, it does not go on there: it counts its best anew, and its first
+    save sets aside what lies in checkpoint_root, for pruning would take the later files for the newest. It counts its best anew also
+    where the folder has lost best.pth.
     """
     anew = dict(step=0, epoch=0, row=0, tokens=0, minutes=0.0, best=math.inf, worse=0, scored=0, store=made["identity"])
     if not saved:
         return anew, False
     progress = anew | saved["progress"]
-    if progress.pop("original", None) == made["corpus"] or progress["store"] is None:  # it kept no place in the data
+    if progress.pop("original", None) == made["corpus"]:  # it kept no place in the data
         return progress | dict(store=made["identity"]), False
-    if saved["progress"].get("store") != made["identity"]:  # a classifier's has none
-        runtime.say(f"{settings.data_path}, or what is held out of it, is not what {path} was trained on: a new run with its "
-                    "weights, from step 0")
+    if (store := saved["progress"].get("store")) != made["identity"]:
+        reason = f"{settings.data_path}, or what is held out of it, is not what {path} was trained on" if store else (
+            f"{path} keeps no place in a corpus")  # a classifier
+        runtime.say(f"{reason}: a new run with its weights, from step 0")
         saved["optimizer"] = None
         return anew, False
     root = os.path.realpath(settings.checkpoint_root)
     same_run = os.path.dirname(os.path.realpath(path)) == root and all(step <= progress["step"] for step, _ in checkpoint.numbered(root))
-    (same_run,) = rt.add_up(runtime, same_run * runtime.main)  # rank 0's disk decides
-    return progress if same_run else progress | dict(best=math.inf, worse=0, scored=0), bool(same_run)
+    has_best = os.path.exists(os.path.join(root, "best.pth")) or (
+        saved["metrics"].get("step"), saved["metrics"].get("loss")) == (progress["step"], progress["best"])
+    same_run, has_best = rt.add_up(runtime, same_run * runtime.main, has_best * runtime.main)  # rank 0's disk decides
+    return progress if same_run and has_best else progress | dict(best=math.inf, worse=0, scored=0), bool(same_run)
 
 
 def load_optimizers(optimizers, scaler, saved):
@@ -370,8 +379,9 @@ def evaluate(model, held_out, tokenizer, settings, runtime):
 def sample_prompts(held_out, tokenizer, block_size):
     """The first utterances of a few held-out dialogues, as text."""
     texts = (tokenizer.decode(held_out.ids[begin:end].tolist()).split("\n") for begin, end in held_out.spans)
-    prompts = (text[0] for text in texts if len(text) > 1 and 3 <= len(text[0]) <= 60 and len(tokenizer.encode(text[0])) < block_size)
-    return list(itertools.islice(prompts, 3))
+    prompts = (text[0] for text in texts if len(text) > 1 and 3 <= len(text[0]) <= 60 and "\ufffd" not in text[0]
+               and len(tokenizer.encode(text[0])) < block_size)
+    return list(dict.fromkeys(itertools.islice(prompts, 3)))
 
 
 def sample_replies(model, prompts, tokenizer, runtime):
@@ -390,18 +400,17 @@ def sample_replies(model, prompts, tokenizer, runtime):
 
 
 def describe(settings, runtime, model, epoch, held_out, made):
-    """What is about to be trained, on what. `made`: of the token store's manifest."""
+    """Says what is about to be trained, on what. `made`: the token store's manifest."""
     positions = epoch.positions[-1]
     steps = -(-len(epoch) // settings.train_batch)
     parameters = model.count_parameters()
     state = 4 if settings.optimizer == "muon" else 8
     width = 2 if runtime.dtype != torch.float32 else 4
-    tokens = settings.train_batch // runtime.world * settings.block_size
-    if settings.micro_batch != "auto":
-        tokens = min(tokens, settings.micro_batch * settings.block_size)
+    rows = settings.train_batch // runtime.world
+    if settings.micro_batch != "auto" or runtime.device.type != "cuda":  # a GPU's memory decides
+        rows = choose_micro_batch(settings, runtime, model, rows)
     config, unknown = model.config, made["unknown"] / sum(made["tokens"].values())
-    block = config.n_embd * (20 if config.modern else 16) * width + config.n_head * config.block_size * (4 + width)
-    activations = tokens * (config.n_layer * (config.n_embd * width if settings.checkpointing else block) + 4 * config.n_embd)
+    activations = rows * settings.block_size * model.kept_bytes(width, settings.checkpointing)
     for name, text in (
             ("settings", ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(settings).items())),
             ("machine", f"{runtime.device}, {str(runtime.dtype).removeprefix('torch.')}, processes: {runtime.world}, "
@@ -410,13 +419,13 @@ def describe(settings, runtime, model, epoch, held_out, made):
             ("data", f"{len(epoch.documents.spans)} dialogues, {positions:,} tokens an epoch in {len(epoch)} rows "
                      f"({epoch.filling:.2%} filling), {steps} steps; {len(held_out.spans)} dialogues held out"
                      + (f"; {unknown:.2%} of all tokens <unk>" if unknown > 1e-4 else "")),
-            ("memory", f"about {parameters * (8 + state) / 2**30:.2f} GiB of weights, gradients and optimizer, and at most "
-                       f"{activations / 2**30:.2f} GiB of activations"),
+            ("memory", f"about {parameters * (8 + state + 2 * (width == 2)) / 2**30:.2f} GiB of weights, gradients and optimizer, and at "
+                       f"most {activations / 2**30:.2f} GiB of activations"),
             ("work", f"{model.flops_per_token() / 1e6:.1f} MFLOP a token, "
                      f"{model.flops_per_token() * positions / 1e12:.1f} TFLOP an epoch")):
         runtime.say(f"{name:<9} {text}")
     if made["utterances"] < 1.5 * made["dialogues"]:
-        runtime.say(f"most dialogues of {settings.data_path} are of one utterance, which teaches no reply: an empty line should stand "
+        runtime.say(f"most dialogues of {settings.data_path} have only one utterance, which teaches no reply: put an empty line "
                     "between dialogues, not between their utterances")
 
 

@@ -62,7 +62,7 @@ def main(arguments=None):
     names = options.only.split(",")
     for name in names:
         if name not in makers:
-            raise settings_module.UserError(f"--only {name} is none of {', '.join(makers)}")
+            raise settings_module.UserError(f"--only {name} is not one of {', '.join(makers)}")
     racing = {name: makers[name]() for name in names}
     warm = {}
     for name, contender in racing.items():

@@ -232,8 +232,10 @@ def test_repetition_penalty_and_no_repeat_ngram_look_at_the_reply():
 
 
 @pytest.mark.parametrize("tokenizer, text", [
-    (CharTokenizer(LETTERS + "0"), "the theme is 2000 的"), (BPETokenizer.train(["的"], vocab_size=259), "the 的的地, 2000")],
-    ids=["char", "bpe"])
+    (CharTokenizer(LETTERS + "0"), "the theme is 2000 的"), (BPETokenizer.train(["的"], vocab_size=259), "the 的的地, 2000"),
+    (CharTokenizer("хорü안녕สวัดีครบはいé!. "), "хорохоро안녕안녕 üüü สวัสดี สวัสดี はいはい"),
+    (BPETokenizer.train(["okay okay hippopotamus"] * 9, vocab_size=300), "hippopotamus hippopo")],
+    ids=["char", "bytes", "other scripts", "bpe"])
 def test_words_numbers_and_halves_of_characters_may_repeat_what_sentences_may_not(tokenizer, text):
     """no_repeat_ngram counts tokens, and some are letters, digits or bytes."""
     ids = tokenizer.encode(text).tolist()

@@ -54,7 +54,7 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path, kind):
             pickle.dump(Evil(target), file, protocol=2)
     else:
         torch.save(make_content() | dict(format=checkpoint.FORMAT, more=Evil(target)) if kind == "inside" else Evil(target), path)
-    with pytest.raises(UserError, match="refused: it is no checkpoint, or damaged, or would run code"):
+    with pytest.raises(UserError, match="refused: it is not a checkpoint, is damaged, or would run code"):
         checkpoint.load_model(path)
     assert not os.path.exists(target)
     torch.load(path, weights_only=False) if kind != "pickle" else pickle.load(open(path, "rb"))  # it would have
@@ -81,7 +81,8 @@ def test_a_damaged_file_is_an_error_of_one_line_wherever_it_is_damaged(tmp_path)
 
 @pytest.mark.parametrize("change", [lambda c: c.pop("model"), lambda c: c.pop("tokenizer"), lambda c: c["config"].update(n_embd=16),
                                     lambda c: c["config"].update(unknown=1), lambda c: c["model"].pop("norm.weight"),
-                                    lambda c: c.update(format=99), lambda c: c.clear()])
+                                    lambda c: c.update(format=99), lambda c: c.clear(),
+                                    lambda c: c.update(tokenizer=None)])
 def test_a_file_of_other_content_is_refused(tmp_path, change):
     content = make_content() | dict(format=checkpoint.FORMAT)
     change(content)
@@ -128,7 +129,7 @@ def test_auto_renames_nothing_that_may_be_whole_and_does_not_begin_anew_by_itsel
     (tmp_path / "cpt2.pth").rmdir()
     for name in ("cpt1.pth", "cpt2.pth"):
         (tmp_path / name).write_bytes(b"half")
-    with pytest.raises(UserError, match="no checkpoint in .* is whole"):
+    with pytest.raises(UserError, match="every checkpoint in .* is damaged"):
         checkpoint.newest(str(tmp_path))
     assert [step for step, _ in checkpoint.numbered(str(tmp_path))] == [2, 1]
 
@@ -146,6 +147,15 @@ def test_auto_takes_last_pth_and_then_best_pth_where_no_numbered_file_is_whole(t
     assert checkpoint.newest(str(tmp_path))[1]["progress"]["step"] == 1 and not (tmp_path / "last.pth").exists()
     assert capsys.readouterr().err.count("last.pth is no checkpoint, or damaged") == 2
 
+
+def test_the_other_names_of_a_damaged_file_go_with_it(tmp_path, capsys):
+    """Chat took best.pth, which was the damaged file."""
+    for step in (1, 2):
+        checkpoint.name_also(checkpoint.save(str(tmp_path), step, make_content(step)), "best.pth")
+    (tmp_path / "cpt2.pth").write_bytes(b"half")
+    assert checkpoint.newest(str(tmp_path))[1]["progress"]["step"] == 1
+    assert sorted(os.listdir(tmp_path)) == ["best.pth.unreadable", "cpt1.pth", "cpt2.pth.unreadable", "last.pth.unreadable"]
+    assert capsys.readouterr().err.count("\n") == 1
 
 @pytest.mark.parametrize("keep", [0, 1, 2, 5])
 def test_so_many_are_kept_beside_the_best_and_the_last(tmp_path, keep):

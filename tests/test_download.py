@@ -208,7 +208,7 @@ def test_without_a_network_one_line_names_address_and_place(tmp_path):
 
 def test_the_published_reviews_are_known_by_their_checksum(server, tmp_path):
     done = command(tmp_path, "sentiment", "--tries", "1", "--address", f"{server.address}/reviews.csv")
-    assert done.returncode == 2 and "what came has another SHA-256" in last_line(done) and content_of(tmp_path / "data") == []
+    assert done.returncode == 2 and "what came differs in SHA-256" in last_line(done) and content_of(tmp_path / "data") == []
 
 
 def test_the_dialogues_come_by_gdown(server, tmp_path):

@@ -98,6 +98,13 @@ def test_a_folder_that_transformers_trained_and_saved_becomes_a_checkpoint_again
     monkeypatch.setattr(sys, "argv", ["export.py", folder + "-trained", back])
     export.main()
     assert capsys.readouterr().err.count("differ in size") == 0
+    if shape["arch"] == "gpt2" and shape.get("tied", True):  # transformers 4 leaves it out
+        with open(folder + "-trained/config.json") as file:
+            config = json.load(file)
+        with open(folder + "-trained/config.json", "w") as file:
+            json.dump({key: value for key, value in config.items() if key != "tie_word_embeddings"}, file)
+        os.unlink(back)
+        export.main()
     model, ours, _ = checkpoint.load_model(back)
     assert ours.encode(TEXT).tolist() == coder(TEXT)["input_ids"] and ours.pieces == checkpoint.load_model(path)[1].pieces
     ids = torch.randint(3, ours.size, (2, 48))

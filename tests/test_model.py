@@ -26,6 +26,30 @@ def test_dropout_drops_the_same_features_at_all_positions_of_a_row_and_keeps_the
     assert (drop(torch.ones(2, 3, 4), 0.2, training=False) == 1).all()
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("arch", SHAPES)
+def test_a_step_keeps_as_many_bytes_as_it_is_said_to(arch, dtype, dropout):
+    model = GPT(GPTConfig(vocab_size=100, block_size=64, n_layer=3, n_embd=192, arch=arch, n_head=4, dropout=dropout))
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def kept(rows):
+        held = {}
+
+        def pack(tensor):
+            held[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        ids = torch.randint(3, 100, (rows, 64))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", dtype, dtype != torch.float32):
+            loss = model.loss(ids, ids, torch.zeros_like(ids))
+        assert loss.requires_grad
+        return sum(tensor.untyped_storage().nbytes() for place, tensor in held.items() if place not in weights)
+
+    width = torch.finfo(dtype).bits // 8
+    assert (kept(6) - kept(2)) / (4 * 64) == pytest.approx(model.kept_bytes(width), rel=0.03)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_untrained_model_thinks_all_tokens_equally_likely(tied):
     """A tied embedding of the usual size made each token predict itself: the 90M shape began at 15 nats where 8.4 know nothing."""

@@ -72,7 +72,7 @@ def vocabulary(text):
     return [*SPECIALS, *sorted(counts, key=lambda c: -counts[c])]  # a stable sort: ties by first appearance
 
 
-def write_original(folder, bias=True, prefix="", text=TEXT, steps=0, loss_steps=None):
+def write_original(folder, bias=True, prefix="", text=TEXT, steps=0):
     """(path, corpus, reference, its optimizer): a file as the original writes it, after some training steps."""
     torch.manual_seed(1)
     shape = dict(block_size=16, vocab_size=len(vocabulary(text)), n_layer=2, n_head=2, n_embd=16, bias=bias)

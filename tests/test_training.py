@@ -96,11 +96,12 @@ def test_going_on_says_from_where_and_why_it_ends(trained):
     _, output, _ = trained(max_steps=4, resume_from="auto")
     assert f"going on from {folder}/cpt4.pth at step 4" in output and re.search("finished after 4 steps.*nothing was left to do", output)
     _, output, _ = trained(max_steps=50, resume_from="auto", eval_freq=1, patience=2, lr=0.0, muon_lr=0.0)
-    assert "minutes (2 evaluations without improvement): " in output
+    assert "minutes (evaluations without improvement: 2): " in output
     _, output, _ = trained(max_steps=90, resume_from="auto", eval_freq=1, patience=2, lr=0.0, muon_lr=0.0)
-    assert "(2 evaluations without improvement) (nothing was left to do: raise patience): " in output
+    assert "minutes (nothing was left to do: raise patience): " in output
     _, output, _ = trained(max_steps=2, lr=1000.0, muon_lr=1000.0)
-    assert "which is worse than guessing (" in output and "): lower lr=1000.0\n" in output and "it knows its training text" not in output
+    assert re.search("which is worse than guessing \\(.*\\): lower lr=1000.0, or take more text\n", output)
+    assert "it knows its training text" not in output
     _, output, folder = trained(max_steps=30, eval_freq=10)
     _, output, _ = trained(max_steps=60, eval_freq=10, resume_from="auto", lr=1.0, muon_lr=3.0)
     assert runs.checkpoint(folder, "best.pth")["progress"]["step"] == 30 and "chat.py " + str(folder / "best.pth") in output
@@ -109,6 +110,26 @@ def test_going_on_says_from_where_and_why_it_ends(trained):
     assert "last.pth (it knows its training text better than best.pth)" in output
     _, output, _ = trained(max_steps=2, lr=0.0, muon_lr=0.0)
     assert "finished after 2 steps" in output and "guessing" not in output
+
+
+def test_a_checkpoint_of_another_run_with_nothing_left_to_do_changes_nothing(trained):
+    _, _, folder = trained(max_steps=9, save_freq=3, keep=5)
+    status, output, _ = trained(max_steps=2, resume_from=str(folder / "cpt3.pth"))
+    assert status == 2 and "cpt3.pth is at step 3, after which nothing is left to do: raise max_steps" in output
+    assert steps_of(folder) == [3, 6, 9] and not list(folder.glob("before-*"))
+
+
+def test_a_run_whose_best_pth_was_lost_counts_its_best_anew(trained):
+    """It ended with "talk to best.pth", which was not there; and what was better than all that is there was not kept."""
+    _, _, folder = trained(max_steps=30, eval_freq=30)
+    os.unlink(folder / "best.pth")
+    _, output, _ = trained(max_steps=30, eval_freq=30, resume_from="auto")  # it is the best itself
+    assert "nothing was left to do" in output and runs.checkpoint(folder, "best.pth")["progress"]["step"] == 30
+    trained(max_steps=33, eval_freq=33, lr=1.0, muon_lr=3.0, resume_from="auto")  # worse
+    os.unlink(folder / "best.pth")
+    _, output, _ = trained(max_steps=36, eval_freq=36, lr=1.0, muon_lr=3.0, resume_from="auto")
+    best = runs.checkpoint(folder, "best.pth")
+    assert best["progress"]["step"] == 36 and f"validation loss, {best['metrics']['loss']:.4f}" in output
 
 
 def test_losses_of_other_held_out_dialogues_are_not_compared(trained):
@@ -446,6 +467,11 @@ def test_a_full_disk_ends_in_one_line_and_leaves_what_was_saved(tmp_path):
         assert output.splitlines()[-1].startswith("error: "), output  # not behind a progress bar
         assert runs.checkpoint(tmp_path / "checkpoints")["progress"]["step"] == 4
     assert not [*tmp_path.glob("checkpoints/.saving-*"), *tmp_path.glob(".cache/.making-*")]
+
+
+def test_a_log_folder_that_takes_no_file_is_one_line(trained):
+    status, output, _ = trained(max_steps=1, tensorboard_path="/proc/self")
+    assert status == 2 and "error: tensorboard_path=/proc/self cannot be written: " in output and "Thread" not in output
 
 
 def test_a_full_disk_of_tensorboard_costs_its_log_and_not_the_run(tmp_path):
