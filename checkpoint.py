@@ -164,7 +164,7 @@ def load(path):
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError, struct.error) as error:
         passing = isinstance(error, OSError) and error.errno != errno.EINVAL or "allocate memory" in str(error)  # EINVAL: a cut file
         reason = f"{path} cannot be read: " if passing else f"{path} is no checkpoint, or damaged: {type(error).__name__}, "
-        raise (UserError if passing else Damaged)(reason + " ".join(str(error).splitlines()[:1]))
+        raise (UserError if passing else Damaged)(reason + " ".join(str(error).splitlines()[:1]).split(". ")[0])
 
 
 def read(path, corpus=None):
@@ -193,8 +193,9 @@ def newest(folder, corpus=None, rename=True):
         for other, error in damaged.items():
             renamed = f"; it is now {other}.unreadable" if rename else ""
             print(f"warning: {error}{renamed}; taking {path}", file=sys.stderr)
-            for name in [name for name in paths if rename and os.path.exists(name) and os.path.samefile(name, other)]:
-                os.replace(name, name + ".unreadable")  # best.pth and last.pth may be names of the same file
+        present = filter(os.path.exists, paths if rename else [])
+        for name in [name for name in present if any(os.path.samefile(name, other) for other in damaged)]:
+            os.replace(name, name + ".unreadable")  # best.pth and last.pth may be names of a damaged file, too
         return path, content
     if damaged:
         raise UserError(f"every checkpoint in {folder} is damaged: {next(iter(damaged.values()))}; drop resume_from=auto to start over")

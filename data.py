@@ -372,6 +372,26 @@ def cut(documents, block_size):
     return np.append(starts[~long], pieces[:, 0]), np.append(lengths[~long], pieces[:, 1])
 
 
+def ranges(begins, lengths):
+    """The integers from begins[i] on, lengths[i] of them, for all i, in one array."""
+    ends = np.cumsum(lengths)
+    return np.repeat(begins - ends + lengths, lengths) + np.arange(lengths.sum())
+
+
+def link(lengths, share, block_size, rng):
+    """Chains of dialogues of these numbers of positions: (order (P,), first (N,)); chain n begins with the dialogue order[first[n]].
+
+    The order is random, and the `share` of the dialogues goes on the chain of the one before, if all of it fits into a row.
+    """
+    order, first, space = rng.permutation(len(lengths)), [], 0
+    for n, (length, wish) in enumerate(zip(lengths[order].tolist(), (rng.random(len(lengths)) < share).tolist())):
+        space -= length + 1  # a joint is a position
+        if not wish or space < 0:
+            first.append(n)
+            space = block_size - length
+    return order, np.array(first, dtype=np.int64)
+
+
 def pack(lengths, block_size, rng):
     """Rows of whole pieces: (order (P,), first (R + 1,)); row r holds the pieces order[first[r]:first[r + 1]].
 
@@ -397,19 +417,32 @@ def pack(lengths, block_size, rng):
     rows = np.array(rows + [len(taken)])
     order = rng.permutation(len(rows) - 1)
     sizes = np.diff(rows)[order]
-    first = np.concatenate([[0], np.cumsum(sizes)])
-    moved = np.repeat(rows[:-1][order] - first[:-1], sizes) + np.arange(len(taken))
-    return by_length[np.array(taken, dtype=np.int64)[moved]], first
+    return by_length[np.array(taken, dtype=np.int64)[ranges(rows[:-1][order], sizes)]], np.append(0, np.cumsum(sizes))
 
 
 class Epoch:
-    """The packed rows of one pass over `documents`, in an order that (seed, epoch) alone decides."""
+    """The packed rows of one pass over `documents`, in an order that (seed, epoch) alone decides.
 
-    def __init__(self, documents, block_size, seed, epoch):
+    The share `chain` of the dialogues that fit into a row follows another one in the same document, as in a conversation that changes its
+    subject: where the first would end, after its last token, `<sep>` is one more input, and the next one's first token its target.
+    """
+
+    def __init__(self, documents, block_size, seed, epoch, chain=0.0):
         self.documents, self.block_size = documents, block_size
-        self.starts, self.lengths = cut(documents, block_size)
-        order, self.first = pack(self.lengths, block_size, np.random.default_rng([seed, epoch]))
-        self.starts, self.lengths = self.starts[order], self.lengths[order]
+        starts, lengths = cut(documents, block_size)
+        rng = np.random.default_rng([seed, epoch])
+        order, first = np.arange(len(lengths)), np.arange(len(lengths))
+        if chain:
+            whole = np.count_nonzero(np.diff(documents.spans) <= block_size + 1)  # they come first
+            linked, begins = link(lengths[:whole], chain, block_size, rng)
+            order, first = np.append(linked, order[whole:]), np.append(begins, first[whole:])
+        sizes = np.diff(np.append(first, len(order)))  # of chains
+        chains, rows = pack(np.add.reduceat(lengths[order], first) + sizes - 1 if len(first) else lengths, block_size, rng)
+        ends = np.append(0, np.cumsum(sizes[chains]))
+        order, self.first = order[ranges(first[chains], sizes[chains])], ends[rows]
+        self.joined = np.ones(len(order), dtype=bool)  # to the piece after it
+        self.joined[ends[1:] - 1] = False
+        self.starts, self.lengths = starts[order], lengths[order] + self.joined
         self.positions = np.concatenate([[0], np.cumsum(self.lengths)])[self.first]  # real positions before each row
 
     def __len__(self):
@@ -432,21 +465,25 @@ class Epoch:
         rows = np.arange(begin, end + 1).clip(max=len(self))  # those after the last are empty
         real = np.arange(self.block_size) < np.diff(self.positions[rows])[:, None]  # (end - begin, block_size)
         pieces = slice(self.first[rows[0]], self.first[rows[-1]])
-        source, lengths = self._sources(pieces), self.lengths[pieces]
-        inputs[real] = self.documents.ids[source]
-        targets[real] = self.documents.ids[source + 1]
-        documents[real] = np.repeat(np.arange(len(lengths)), lengths)
+        inputs[real], targets[real] = self._tokens(pieces)
+        last = ~self.joined[pieces]  # of their chains
+        documents[real] = np.repeat(np.cumsum(last) - last, self.lengths[pieces])
         return inputs, targets, documents
 
-    def _sources(self, pieces):
-        """Where in documents.ids the positions of a slice of pieces stand."""
-        lengths = self.lengths[pieces]
-        return np.repeat(self.starts[pieces] - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
+    def _tokens(self, pieces):
+        """(inputs, targets) of the positions of a slice of pieces."""
+        starts, lengths, joints = self.starts[pieces], self.lengths[pieces], np.flatnonzero(self.joined[pieces])
+        source = ranges(starts, lengths)
+        following, joint = source + 1, np.cumsum(lengths)[joints] - 1
+        following[joint] = starts[joints + 1]
+        inputs = np.array(self.documents.ids[source])
+        inputs[joint] = SEP  # where the dialogue's <pad> stands
+        return inputs, self.documents.ids[following]
 
     def bigrams(self, most=1 << 22):
         """Which token follows which, and how often, in about `most` positions, sorted: (first (N,), second (N,), count (N,))."""
-        sources = self._sources(slice(self.first[min(len(self), -(-most // self.block_size))]))
-        pairs = self.documents.ids[sources].astype(np.int64) << 32 | self.documents.ids[sources + 1]
+        inputs, targets = self._tokens(slice(self.first[min(len(self), -(-most // self.block_size))]))
+        pairs = inputs.astype(np.int64) << 32 | targets
         pairs, count = np.unique(pairs, return_counts=True)
         return pairs >> 32, pairs & 0xFFFFFFFF, count
 

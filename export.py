@@ -37,13 +37,13 @@ def export(path, target):
     target = os.path.normpath(target)
     read, write, reader = checkpoint.load_model, write_folder, "transformers' AutoModelForCausalLM and AutoTokenizer"
     ending, new = os.path.splitext(target)[1].lower(), "folder, or a new file NAME.gguf"
-    if os.path.isfile(os.path.join(path, "config.json")):
+    if os.path.isdir(path) and (ending == ".pth" or os.path.isfile(os.path.join(path, "config.json"))):
         read, write, reader, new = read_folder, write_checkpoint, f"python chat.py {shlex.quote(target)}", "file NAME.pth"
         if ending != ".pth":
             raise UserError(f"{path} is a folder of Hugging Face's files, which becomes a checkpoint: name a new {new}, not {target}")
     elif ending == ".gguf":
         write, reader = write_gguf, f"llama.cpp: llama-server -m {shlex.quote(target)}"
-    elif ending in (".onnx", ".safetensors", ".bin", ".pt", ".pth"):
+    elif ending in (".onnx", ".safetensors", ".bin", ".pt", ".pth") and os.path.exists(path):
         raise UserError(f"{target} would be a folder: name one without that ending, or a file NAME.gguf")
     if os.path.lexists(target):
         raise UserError(f"{target} exists; name a new {new}")
@@ -86,6 +86,9 @@ def read_folder(folder):
         if modern:
             model.embedding.weight[:tokenizer.size] = rows = weights["model.embed_tokens.weight"].float()
             sizes = rows.square().mean(dim=1).sqrt()
+            for block in model.blocks:  # look-ups are normalised to size 1: what blocks add to them keeps its proportion
+                block.attention.out.weight /= sizes.mean()
+                block.mlp.out.weight /= sizes.mean()
             if (spread := (sizes.max() / sizes.min() - 1).item()) > 0.02:
                 print(f"{folder}: rows of the embedding have come to differ in size by up to {spread:.0%}, which a checkpoint does not "
                       "keep: replies may change a little", file=sys.stderr)
@@ -96,7 +99,8 @@ def read_folder(folder):
                     getattr(linear, kind).copy_(part.t())
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
             safetensors.SafetensorError) as error:
-        raise UserError(f"{folder} is no folder that export.py wrote, or not whole: {type(error).__name__}: {error}")
+        raise UserError(f"{folder} is no folder that export.py wrote, or not whole (LoRA adapters must be merged first): "
+                        f"{type(error).__name__}: {error}")
     return model, tokenizer
 
 
@@ -263,7 +267,7 @@ def tokenizer_from(description):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("checkpoint", help="a .pth of train.py or sentimentalTrain.py, or a folder that this program wrote")
+    parser.add_argument("checkpoint", help="a .pth of train.py or sentimentalTrain.py, or a folder made from one, trained further or not")
     parser.add_argument("target", help="a new folder for config.json, model.safetensors and tokenizer.json, or a new file NAME.gguf; "
                         "of a folder: a new file NAME.pth")
     options = parser.parse_args()

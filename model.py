@@ -427,11 +427,10 @@ class GPT(nn.Module):
         """Bytes that a training step keeps of a position for its backward pass where activations have `width` bytes (2 or 4), as
         counted for an eager step on a CPU; compiled blocks and a GPU's attention keep less."""
         c = self.config
-        if checkpointing:
-            return (c.n_layer * width + 4) * c.n_embd
         features = {(True, 2): 60, (True, 4): 94, (False, 2): 32, (False, 4): 65}[c.modern, width]
         weights = {2: 6, 4: 4}[width] + ({2: 2, 4: 8}[width] if c.dropout and not c.modern else 0)  # of attention
-        return c.n_layer * (features * c.n_embd + weights * c.n_head * c.block_size) + 4 * c.n_embd
+        block = features * c.n_embd + weights * c.n_head * c.block_size
+        return (c.n_layer * width * c.n_embd + block if checkpointing else c.n_layer * block) + 4 * c.n_embd
 
 
 def extended(model, tokens, dropout, like, known=None):

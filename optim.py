@@ -116,7 +116,7 @@ def share_done(settings, steps, minutes, epochs):
 
 
 def clip(parameters, limit):
-    """Scales the gradients down to the total norm `limit` where it is larger (0: never); returns the norm before, a float."""
+    """Scales the gradients so that their total norm is at most `limit` (0: no limit); returns the norm before, a float."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients).item()
     if limit and norm > limit:
@@ -125,7 +125,7 @@ def clip(parameters, limit):
 
 
 def update(optimizers, scaler, model, settings):
-    """Clips the gradient and takes a step unless it is not finite; returns the gradient's norm before, a float."""
+    """Clips the gradient and takes a step unless it is not finite; returns the gradient's norm before clipping, a float."""
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = clip(model.parameters(), settings.grad_clip)

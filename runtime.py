@@ -254,8 +254,8 @@ def pick_device(name, processes):
             raise UserError(f"device={name} is one GPU for all processes; use device=cuda")
         number = int(index) if index else processes.local_rank
         if number >= torch.cuda.device_count():
-            raise UserError(f"there is no cuda:{number}; this machine has {torch.cuda.device_count()} GPUs: "
-                            "use a lower number, or fewer processes")
+            raise UserError(f"there is no cuda:{number} here (GPUs: {torch.cuda.device_count()}): use a lower number, or fewer "
+                            "processes")
         return torch.device("cuda", number)
     return torch.device(kind)
 

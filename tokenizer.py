@@ -43,13 +43,13 @@ class Tokenizer:
         return b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")
 
     def decode_stream(self, ids):
-        """Yields the text of each id as it comes, holding bytes back until their character is whole, dropped at the end."""
+        """Yields the text of each id as it comes, holding bytes back until their character is whole; what is not at the end is dropped."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for i in ids:
             yield decoder.decode(self.pieces[i])
 
     def banned(self, vocab_size):
-        """Ids that must never be sampled of `vocab_size`: <unk>, line breaks and control characters, a classifier's <start> and
+        """Ids below `vocab_size` that must never be sampled: <unk>, line breaks and control characters, a classifier's <start> and
         <extract>."""
         harmful = lambda piece: any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in piece.decode("utf-8", "ignore"))
         return (*(i for i, piece in enumerate(self.pieces) if i == UNK or i > PAD and harmful(piece)), *range(self.size, vocab_size))

@@ -59,12 +59,15 @@ def train(settings, runtime, dry_run, begin):
     progress, same_run = starting_point(settings, runtime, path, saved, made)
     if begun := progress["step"]:
         runtime.say(f"going on from {path} at step {begun}")
-    epoch = data.Epoch(documents, settings.block_size, settings.seed, progress["epoch"])
+    epoch = data.Epoch(documents, settings.block_size, settings.seed, progress["epoch"], settings.chain)
     describe(settings, runtime, model, epoch, held_out, made)
     if settings.patience and not len(held_out.spans):
         runtime.say(f"patience={settings.patience} is not used: nothing is held out")
     if dry_run:
         return
+    passes = progress["epoch"] + progress["row"] / len(epoch)
+    if begun and not same_run and share_done(settings, begun, progress["minutes"], passes) >= 1:
+        raise UserError(f"{path} is at step {begun}, after which nothing is left to do: raise max_steps, max_minutes or max_epoch")
     if runtime.main and settings.bigram_start and not saved and model.config.modern and not model.config.tied:
         first, second, count = map(torch.from_numpy, epoch.bigrams())
         if count.sum() >= tokenizer.size:  # less says nothing of most tokens
@@ -116,8 +119,6 @@ def train(settings, runtime, dry_run, begin):
         progress["minutes"], step = minutes, progress["step"]
         share = share_done(settings, step, minutes, progress["epoch"] + progress["row"] / len(epoch))
         finished = (share >= 1 and step > 0) or (settings.patience is not None and progress["worse"] >= settings.patience)
-        if finished and step == begun and saved_step < 0:
-            raise UserError(f"{path} is at step {step}, after which nothing is left to do: raise max_steps, max_minutes or max_epoch")
         due = not wish and step not in (0, progress["scored"]) and (finished or step % settings.eval_freq == 0)
         better = False
         if due and saved_step >= 0:  # a run saves, below, before its first evaluation, which may run out of memory
@@ -188,7 +189,7 @@ def train(settings, runtime, dry_run, begin):
             total = learn(*tensors, torch.full((), runtime.world / count, device=device))  # DDP takes the mean over processes
         norm = update(optimizers, scaler, model, settings)
         if not (record and learn.graph):  # a recorded step overwrites its gradients
-            model.zero_grad(set_to_none=distributed is None)  # DDP's buckets hold them; done before the step, a CPU's is a twentieth slower
+            model.zero_grad(set_to_none=distributed is None)  # not before the next step: that makes a CPU's a twentieth slower
         refused = 0 if math.isfinite(norm) else refused + 1
         if refused == 20:
             raise UserError(f"the gradient has not been finite for {refused} steps at step {step}: lower lr={settings.lr} "
@@ -198,7 +199,7 @@ def train(settings, runtime, dry_run, begin):
         progress["row"] += settings.train_batch
         if progress["row"] >= len(epoch):
             progress |= dict(epoch=progress["epoch"] + 1, row=0)
-            epoch = data.Epoch(documents, settings.block_size, settings.seed, progress["epoch"])
+            epoch = data.Epoch(documents, settings.block_size, settings.seed, progress["epoch"], settings.chain)
 
         # Tell.
         tick_tokens += count
@@ -276,27 +277,26 @@ def make_model(settings, tokenizer, path, saved, runtime):
 def starting_point(settings, runtime, path, saved, made):
     """(progress, same_run): where the run begins, and whether it goes on in the folder of its checkpoint. `made`: the store's manifest.
 
-    A new run, and one on another corpus than its checkpoint's (or from a classifier), begins at step 0; else it begins at its
-    checkpoint's step. If the folder is another run's or has later files, it does not go on there: it counts its best anew, and its first
-    save sets aside what lies in checkpoint_root, for pruning would take the later files for the newest. It counts its best anew also
-    where the folder has lost best.pth.
+    A new run, and one on another corpus than its checkpoint's (or from a file that keeps no place in one), begins at step 0; else it
+    begins at its checkpoint's step. If the folder is another run's or has later files, it does not go on there: it counts its best anew,
+    and its first save sets aside what lies in checkpoint_root, for pruning would take the later files for the newest. It counts its
+    best anew also where the folder has lost best.pth.
     """
     anew = dict(step=0, epoch=0, row=0, tokens=0, minutes=0.0, best=math.inf, worse=0, scored=0, store=made["identity"])
     if not saved:
         return anew, False
     progress = anew | saved["progress"]
-    if progress.pop("original", None) == made["corpus"]:  # it kept no place in the data
+    if (original := progress.pop("original", None)) == made["corpus"]:  # it kept no place in the data
         return progress | dict(store=made["identity"]), False
     if (store := saved["progress"].get("store")) != made["identity"]:
-        reason = f"{settings.data_path}, or what is held out of it, is not what {path} was trained on" if store else (
-            f"{path} keeps no place in a corpus")  # a classifier
+        reason = f"{settings.data_path}, or what is held out of it, is not what {path} was trained on" if store or original else (
+            f"{path} keeps no place in a corpus")  # a classifier, or a folder that came back
         runtime.say(f"{reason}: a new run with its weights, from step 0")
         saved["optimizer"] = None
         return anew, False
     root = os.path.realpath(settings.checkpoint_root)
     same_run = os.path.dirname(os.path.realpath(path)) == root and all(step <= progress["step"] for step, _ in checkpoint.numbered(root))
-    has_best = os.path.exists(os.path.join(root, "best.pth")) or (
-        saved["metrics"].get("step"), saved["metrics"].get("loss")) == (progress["step"], progress["best"])
+    has_best = os.path.exists(os.path.join(root, "best.pth"))
     same_run, has_best = rt.add_up(runtime, same_run * runtime.main, has_best * runtime.main)  # rank 0's disk decides
     return progress if same_run and has_best else progress | dict(best=math.inf, worse=0, scored=0), bool(same_run)
 
@@ -419,8 +419,8 @@ def describe(settings, runtime, model, epoch, held_out, made):
             ("data", f"{len(epoch.documents.spans)} dialogues, {positions:,} tokens an epoch in {len(epoch)} rows "
                      f"({epoch.filling:.2%} filling), {steps} steps; {len(held_out.spans)} dialogues held out"
                      + (f"; {unknown:.2%} of all tokens <unk>" if unknown > 1e-4 else "")),
-            ("memory", f"about {parameters * (8 + state + 2 * (width == 2)) / 2**30:.2f} GiB of weights, gradients and optimizer, and at "
-                       f"most {activations / 2**30:.2f} GiB of activations"),
+            ("memory", f"about {parameters * (8 + state + 2 * (width == 2)) / 2**30:.2f} GiB of weights, gradients and optimizer, and "
+                       f"{activations / 2**30:.2f} GiB of activations"),
             ("work", f"{model.flops_per_token() / 1e6:.1f} MFLOP a token, "
                      f"{model.flops_per_token() * positions / 1e12:.1f} TFLOP an epoch")):
         runtime.say(f"{name:<9} {text}")

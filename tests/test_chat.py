@@ -243,6 +243,7 @@ def test_words_numbers_and_halves_of_characters_may_repeat_what_sentences_may_no
     for n in range(1, len(ids)):
         logits = adjust(torch.zeros(1, tokenizer.size), torch.tensor([ids[:n]]), sampling)
         assert logits[0, ids[n]] == 0
+    assert CharTokenizer("的a").parts() == (4,)
     said = tokenizer.encode("!.!").tolist()
     assert adjust(torch.zeros(1, tokenizer.size), torch.tensor([said]), sampling)[0, said[1]] == -torch.inf
 

@@ -157,6 +157,17 @@ def test_the_other_names_of_a_damaged_file_go_with_it(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["best.pth.unreadable", "cpt1.pth", "cpt2.pth.unreadable", "last.pth.unreadable"]
     assert capsys.readouterr().err.count("\n") == 1
 
+
+def test_best_pth_is_taken_where_the_only_numbered_file_is_damaged_under_both_of_its_names(tmp_path):
+    for step in (1, 2):
+        path = checkpoint.save(str(tmp_path), step, make_content(step), keep=0)
+        if step == 1:
+            checkpoint.name_also(path, "best.pth")
+    (tmp_path / "cpt2.pth").write_bytes(b"half")
+    assert checkpoint.newest(str(tmp_path))[1]["progress"]["step"] == 1
+    assert sorted(os.listdir(tmp_path)) == ["best.pth", "cpt2.pth.unreadable", "last.pth.unreadable"]
+
+
 @pytest.mark.parametrize("keep", [0, 1, 2, 5])
 def test_so_many_are_kept_beside_the_best_and_the_last(tmp_path, keep):
     folder = str(tmp_path)

@@ -303,6 +303,41 @@ def test_an_epoch_holds_every_token_exactly_once(dialogues, block_size, seed, nu
     assert (starts == expected).all()
 
 
+@given(st.lists(dialogue, min_size=1, max_size=40), st.integers(2, 60), st.integers(0, 5), st.floats(0.1, 1))
+@hypothesis_settings(deadline=None)
+def test_dialogues_of_a_chain_follow_each_other_in_a_document_as_in_a_conversation(dialogues, block_size, seed, share):
+    documents = in_memory(dialogues)
+    epoch = data.Epoch(documents, block_size, seed, 0, share)
+    inputs, targets, numbers = epoch.batch(0, len(epoch) + 2)
+    real = targets != data.IGNORE
+    assert real.sum() == epoch.real_targets(0, len(epoch) + 2) == len(documents.ids) - len(dialogues) + epoch.joined.sum()
+    assert ((numbers >= 0) == real).all()
+    found = []
+    for row in range(len(inputs)):
+        for number in np.unique(numbers[row][real[row]]):
+            ids, after = (array[row][numbers[row] == number].tolist() for array in (inputs, targets))
+            begin = 0
+            for n in range(len(ids) - 1):
+                if after[n] == PAD:  # the end of a dialogue, which is not said: the next begins as if the person went on
+                    assert ids[n + 1] == SEP
+                    found.append((*ids[begin:n + 1], PAD))
+                    begin = n + 2
+                else:
+                    assert ids[n + 1] == after[n]
+            found.append((*ids[begin:], after[-1]))
+    assert len(found) == len(epoch.lengths)
+    for ids in dialogues:
+        if len(ids) <= block_size:
+            found.remove((*ids, PAD))
+
+
+def test_as_many_dialogues_are_linked_as_is_wished_where_rows_have_room():
+    documents = in_memory([[3 + i % 50] * (1 + i % 9) for i in range(2000)])
+    for share in (0, 0.5, 1):
+        joined = data.Epoch(documents, 1000, 0, 0, share).joined.mean()
+        assert joined == pytest.approx(share, abs=0.04)
+
+
 @given(st.lists(dialogue, min_size=1, max_size=20), st.integers(4, 30), st.integers(1, 7))
 @hypothesis_settings(deadline=None)
 def test_batches_are_slices_of_the_epoch_whatever_their_size(dialogues, block_size, size):

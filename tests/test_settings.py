@@ -103,7 +103,7 @@ def test_keys_of_other_scripts_are_accepted_but_of_no_script_are_not():
 
 def test_overrides_win_over_the_file(tmp_path):
     (tmp_path / "c.yaml").write_text("lr: 1e-3\nseed: 5\n")
-    found = build(TrainSettings, read_yaml(str(tmp_path / "c.yaml")) | overrides(["lr = 2e-4 ", "resume_from=", "data_path=a=b.txt"]))
+    found = build(TrainSettings, read_yaml(str(tmp_path / "c.yaml")) | overrides(["lr = 2e-4 ", "resume_from=", "data_path = a=b.txt "]))
     assert (found.lr, found.seed, found.resume_from, found.data_path) == (2e-4, 5, None, "a=b.txt")
     with pytest.raises(UserError, match="'lr' is not of the form key=value"):
         overrides(["lr"])

@@ -79,7 +79,7 @@ def test_the_measures_of_the_last_evaluation_outlive_a_stop(trained):
 
 def test_resume_is_bit_identical(trained):
     """In the middle of an epoch, with the tokenizer from the checkpoint and the token store made anew."""
-    values = dict(max_steps=12, save_freq=5, dropout=0.2)
+    values = dict(max_steps=12, save_freq=5, dropout=0.2, chain=0.5)
     _, _, folder = trained(**values)
     whole = runs.checkpoint(folder)
     for name in ("cpt12.pth", "last.pth", "best.pth"):
@@ -112,11 +112,13 @@ def test_going_on_says_from_where_and_why_it_ends(trained):
     assert "finished after 2 steps" in output and "guessing" not in output
 
 
-def test_a_checkpoint_of_another_run_with_nothing_left_to_do_changes_nothing(trained):
-    _, _, folder = trained(max_steps=9, save_freq=3, keep=5)
-    status, output, _ = trained(max_steps=2, resume_from=str(folder / "cpt3.pth"))
+def test_a_checkpoint_of_another_run_with_nothing_left_to_do_changes_nothing(trained, tmp_path):
+    log = str(tmp_path / "log")
+    _, _, folder = trained(max_steps=9, save_freq=3, keep=5, tensorboard_path=log)
+    before = runs.losses(log)
+    status, output, _ = trained(max_steps=2, resume_from=str(folder / "cpt3.pth"), tensorboard_path=log)
     assert status == 2 and "cpt3.pth is at step 3, after which nothing is left to do: raise max_steps" in output
-    assert steps_of(folder) == [3, 6, 9] and not list(folder.glob("before-*"))
+    assert steps_of(folder) == [3, 6, 9] and not list(folder.glob("before-*")) and runs.losses(log) == before
 
 
 def test_a_run_whose_best_pth_was_lost_counts_its_best_anew(trained):
@@ -125,9 +127,9 @@ def test_a_run_whose_best_pth_was_lost_counts_its_best_anew(trained):
     os.unlink(folder / "best.pth")
     _, output, _ = trained(max_steps=30, eval_freq=30, resume_from="auto")  # it is the best itself
     assert "nothing was left to do" in output and runs.checkpoint(folder, "best.pth")["progress"]["step"] == 30
-    trained(max_steps=33, eval_freq=33, lr=1.0, muon_lr=3.0, resume_from="auto")  # worse
+    trained(max_steps=33, eval_freq=33, lr=100.0, muon_lr=100.0, resume_from="auto")  # worse
     os.unlink(folder / "best.pth")
-    _, output, _ = trained(max_steps=36, eval_freq=36, lr=1.0, muon_lr=3.0, resume_from="auto")
+    _, output, _ = trained(max_steps=36, eval_freq=36, lr=100.0, muon_lr=100.0, resume_from="auto")
     best = runs.checkpoint(folder, "best.pth")
     assert best["progress"]["step"] == 36 and f"validation loss, {best['metrics']['loss']:.4f}" in output
 
@@ -469,8 +471,8 @@ def test_a_full_disk_ends_in_one_line_and_leaves_what_was_saved(tmp_path):
     assert not [*tmp_path.glob("checkpoints/.saving-*"), *tmp_path.glob(".cache/.making-*")]
 
 
-def test_a_log_folder_that_takes_no_file_is_one_line(trained):
-    status, output, _ = trained(max_steps=1, tensorboard_path="/proc/self")
+def test_a_log_folder_that_takes_no_file_is_one_line(tmp_path):
+    status, output = runs.finish(runs.start(runs.write_config(str(tmp_path), tensorboard_path="/proc/self")))
     assert status == 2 and "error: tensorboard_path=/proc/self cannot be written: " in output and "Thread" not in output
 
 
