@@ -385,7 +385,7 @@ def link(lengths, share, block_size, rng):
     """
     order, first, space = rng.permutation(len(lengths)), [], 0
     for n, (length, wish) in enumerate(zip(lengths[order].tolist(), (rng.random(len(lengths)) < share).tolist())):
-        space -= length + 1  # a joint is a position
+        space -= length + 1  # the joint's
         if not wish or space < 0:
             first.append(n)
             space = block_size - length
@@ -437,7 +437,7 @@ class Epoch:
             linked, begins = link(lengths[:whole], chain, block_size, rng)
             order, first = np.append(linked, order[whole:]), np.append(begins, first[whole:])
         sizes = np.diff(np.append(first, len(order)))  # of chains
-        chains, rows = pack(np.add.reduceat(lengths[order], first) + sizes - 1 if len(first) else lengths, block_size, rng)
+        chains, rows = pack(np.add.reduceat(lengths[order], first) + sizes - 1, block_size, rng)  # a joint is a position
         ends = np.append(0, np.cumsum(sizes[chains]))
         order, self.first = order[ranges(first[chains], sizes[chains])], ends[rows]
         self.joined = np.ones(len(order), dtype=bool)  # to the piece after it

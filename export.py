@@ -92,11 +92,12 @@ def read_folder(folder):
             if (spread := (sizes.max() / sizes.min() - 1).item()) > 0.02:
                 print(f"{folder}: rows of the embedding have come to differ in size by up to {spread:.0%}, which a checkpoint does not "
                       "keep: replies may change a little", file=sys.stderr)
-        for layer, block in enumerate(model.blocks if not modern else []):
-            for kind in ("weight", "bias"):
-                parts = weights[f"transformer.h.{layer}.attn.c_attn.{kind}"].chunk(3, dim=-1)
-                for linear, part in zip((block.attention.q, block.attention.k, block.attention.v), parts):
-                    getattr(linear, kind).copy_(part.t())
+        else:
+            for layer, block in enumerate(model.blocks):
+                for kind in ("weight", "bias"):
+                    parts = weights[f"transformer.h.{layer}.attn.c_attn.{kind}"].chunk(3, dim=-1)
+                    for linear, part in zip((block.attention.q, block.attention.k, block.attention.v), parts):
+                        getattr(linear, kind).copy_(part.t())
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
             safetensors.SafetensorError) as error:
         raise UserError(f"{folder} is no folder that export.py wrote, or not whole (LoRA adapters must be merged first): "

@@ -65,8 +65,8 @@ def train(settings, runtime, dry_run, begin):
         runtime.say(f"patience={settings.patience} is not used: nothing is held out")
     if dry_run:
         return
-    passes = progress["epoch"] + progress["row"] / len(epoch)
-    if begun and not same_run and share_done(settings, begun, progress["minutes"], passes) >= 1:
+    passes = lambda: progress["epoch"] + progress["row"] / len(epoch)  # over the data so far
+    if begun and not same_run and share_done(settings, begun, progress["minutes"], passes()) >= 1:
         raise UserError(f"{path} is at step {begun}, after which nothing is left to do: raise max_steps, max_minutes or max_epoch")
     if runtime.main and settings.bigram_start and not saved and model.config.modern and not model.config.tied:
         first, second, count = map(torch.from_numpy, epoch.bigrams())
@@ -117,7 +117,7 @@ def train(settings, runtime, dry_run, begin):
     while True:
         minutes, wish = rt.add_up(runtime, (earlier + (time.perf_counter() - begin) / 60) * runtime.main, bool(stopping))
         progress["minutes"], step = minutes, progress["step"]
-        share = share_done(settings, step, minutes, progress["epoch"] + progress["row"] / len(epoch))
+        share = share_done(settings, step, minutes, passes())
         finished = (share >= 1 and step > 0) or (settings.patience is not None and progress["worse"] >= settings.patience)
         due = not wish and step not in (0, progress["scored"]) and (finished or step % settings.eval_freq == 0)
         better = False
@@ -216,7 +216,7 @@ def train(settings, runtime, dry_run, begin):
                                 ("tokens_per_second", speed), ("MFU", mfu), ("filling", epoch.filling), ("epoch", progress["epoch"])):
                 writer.add_scalar(name, value, progress["step"])
             bar.set_postfix_str(f"loss {mean_loss or loss:.3f}, {speed:,.0f} tokens/s, MFU {mfu:.0%}, "
-                                f"epoch {progress['epoch'] + progress['row'] / len(epoch):.2f}", refresh=False)
+                                f"epoch {passes():.2f}", refresh=False)
         bar.total = max(progress["step"], round(step / share)) if share > 1e-4 else None
         bar.update()
     writer.close()
