@@ -23,12 +23,13 @@ from tqdm import tqdm
 import settings as settings_module
 import tokenizer as tokenizer_module
 from settings import TrainSettings, UserError
-from tokenizer import PAD, SEP, UNK, CharTokenizer, code_points, text_of
+from tokenizer import PAD, SEP, UNK, BPETokenizer, CharTokenizer, code_points, text_of
 
-LAYOUT = 5  # of a token store
+LAYOUT = 6  # of a token store
 BLOCK = 1 << 18  # bytes read at once; arrays of this size stay in the cache and in the heap
 IGNORE = -100  # target of a position that is not scored
 NEWLINE = ord("\n")
+END = ord("\r")  # closes a dialogue in a store of characters; readers leave none in the text
 UNSPOKEN = {"system", "developer", "tool", "ipython", "function", "function_call", "observation"}  # roles in JSONL
 SPACE = np.array([chr(point).isspace() for point in range(0x3002)])  # by code point; the last, no space, is for all above
 
@@ -37,16 +38,16 @@ SPACE = np.array([chr(point).isspace() for point in range(0x3002)])  # by code p
 
 def read_dialogues(path):
     """Yields each dialogue of a .txt or .jsonl corpus."""
-    for points, lengths in read_groups(path):
-        ends = np.cumsum(lengths)
-        for begin, end in zip(ends - lengths, ends):
+    for points, begins, ends in read_groups(path):
+        for begin, end in zip(begins, ends):
             yield text_of(points[begin:end - 1])
 
 
 def read_groups(path, bar=None):
-    """Yields the dialogues of a corpus some at a time, each closed by a newline: (code points (N,) uint32, lengths (D,)).
+    """Yields the dialogues of a corpus some at a time: (code points (N,) uint32, where dialogues begin (D,), where they end (D,)).
 
-    Never holds more than a block of the file and the dialogue it ends in (JSONL: 1,000 dialogues). `bar` is told of the bytes read.
+    The last character of a dialogue is a newline, and those between dialogues, at least one after each, are newlines too. Never holds
+    more than a block of the file and the dialogue it ends in (JSONL: 1,000 dialogues). `bar` is told of the bytes read.
     """
     with corpus_errors(path), open(path, "rb") as file:
         for group in (_read_jsonl if _is_jsonl(path) else _read_text)(file, path):
@@ -93,18 +94,16 @@ def _read_text(file, _):
         ends = np.flatnonzero(points == NEWLINE) + 1  # of lines
         begins = np.append(0, ends)[:-1]
         blank = ends - begins == 1
-        gone = [begins[blank]]
         for line in np.flatnonzero(~blank & SPACE.take(points.take(begins), mode="clip")):  # begins with a space: has it anything else?
             if SPACE.take(points[begins[line]:ends[line]], mode="clip").all():
-                blank[line] = True
-                gone.append(np.arange(begins[line], ends[line]))
+                points[begins[line]:ends[line]], blank[line] = NEWLINE, True
         # Up to the last blank line every dialogue is whole. The rest waits, for a larger block where that is all.
         blank = blank[:np.flatnonzero(blank)[-1] + 1 if blank.any() else 0]
         end, size = (ends[len(blank) - 1], BLOCK) if len(blank) else (0, 2 * size)
         first = np.flatnonzero(~blank & np.append(True, blank[:-1]))  # lines of dialogues
         last = np.flatnonzero(~blank & np.append(blank[1:], True))
         if len(first):
-            yield np.delete(points[:end], np.concatenate(gone)), ends[last] - begins[first]
+            yield points[:end], begins[first], ends[last]
         tail = text[end:].encode() + tail  # its line ends are \n already
 
 
@@ -123,7 +122,8 @@ def _whole_lines(raw, place, last):
 def _read_jsonl(file, path):
     dialogues = _jsonl_dialogues(file, path)
     while group := list(itertools.islice(dialogues, 1000)):
-        yield code_points("".join(group)), np.array([len(dialogue) for dialogue in group])
+        ends = np.cumsum([len(dialogue) + 1 for dialogue in group]) - 1
+        yield code_points("\n".join([*group, ""])), np.append(0, ends[:-1] + 1), ends
 
 
 def _jsonl_dialogues(file, path):
@@ -181,13 +181,14 @@ def file_sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fingerprints(points, lengths):
+def fingerprints(points, begins, ends):
     """A number for each dialogue that its copies share and others hardly ever do, (D,) uint32: a sum over pairs of characters, so the same
     utterances in another order share it too."""
     pairs = points * points
     pairs[1:] *= points[:-1]  # before a dialogue's first character stands a newline
     pairs[:1] *= NEWLINE
-    return np.add.reduceat(pairs, np.cumsum(lengths) - lengths, dtype=np.uint32)
+    gaps = np.append(begins[1:], len(points)) - ends  # each newline there adds the same
+    return np.add.reduceat(pairs, begins, dtype=np.uint32) - (gaps * NEWLINE ** 3).astype(np.uint32)
 
 
 def split_mask(numbers, train_percent, seed):
@@ -289,65 +290,93 @@ def manifest(folder):
         return None
 
 
-def _write_store(folder, path, settings, tokenizer, grow, corpus):
-    decoded = os.path.join(folder, "decoded")  # code points; decoding again would take as long as all the rest
-    groups, numbers = [], []  # lengths and fingerprints of the dialogues
-    with open(decoded, "wb") as file, tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc=f"reading {path}",
-                                           disable=None) as bar:
-        for points, lengths in read_groups(path, bar):
+def _write_text(folder, path):
+    """Writes the code points of a corpus, its dialogues each closed by END; (their spans (D, 2), their fingerprints (D,), how often each
+    code point occurs)."""
+    spans, numbers, counts, place = [], [], np.zeros(0, dtype=np.int64), 0
+    with open(os.path.join(folder, "text.bin"), "wb") as file, tqdm(total=os.path.getsize(path), unit="B", unit_scale=True,
+                                                                    desc=f"reading {path}", disable=None) as bar:
+        for points, begins, ends in read_groups(path, bar):
+            spans.append(np.stack([begins, ends], axis=1) + place)
+            numbers.append(fingerprints(points, begins, ends))
+            counts = tokenizer_module.count(points, counts)
+            points[ends - 1] = END
             file.write(points)
-            groups.append(lengths)
-            numbers.append(fingerprints(points, lengths))
-    if not groups:
+            place += len(points)
+    if not spans:
         raise UserError(f"{path} holds no dialogue")
-    training = split_mask(np.concatenate(numbers), settings.train_percent, settings.seed)
+    return np.concatenate(spans), np.concatenate(numbers), counts
+
+
+def _write_store(folder, path, settings, tokenizer, grow, corpus):
+    spans, numbers, counts = _write_text(folder, path)
+    training = split_mask(numbers, settings.train_percent, settings.seed)
     if not training.any():
         raise UserError(f"{path} holds one dialogue{' over and over' if len(training) > 1 else ''}; at least two are needed, for "
                         "training and validation (an empty line separates dialogues; JSONL must be named .jsonl; "
                         "train_percent=1 holds nothing out)")
-    training = np.split(training, np.cumsum([len(lengths) for lengths in groups])[:-1])
+    points, lengths = np.memmap(os.path.join(folder, "text.bin"), np.uint32, mode="r"), np.diff(spans)[:, 0]
+    utterances = counts[NEWLINE] - (len(points) - lengths.sum())  # all that lies between dialogues is newlines
 
-    def again(doing):
-        with open(decoded, "rb") as file:
-            for lengths, mask in tqdm(zip(groups, training), total=len(groups), desc=doing, disable=None):
-                yield np.fromfile(file, np.uint32, lengths.sum()), lengths, mask
+    def texts(spans, doing):
+        for begin, end in tqdm(spans, desc=doing, disable=None):
+            yield text_of(points[begin:end - 1])
 
-    if tokenizer is None or grow:
-        texts = (points[np.repeat(mask, lengths)] for points, lengths, mask in again("making the vocabulary"))
-        made = tokenizer_module.train("char" if grow else settings.tokenizer, texts, settings.vocab_size, settings.min_freq)
+    if tokenizer is None and settings.tokenizer == "bpe":
+        tokenizer = BPETokenizer.train(texts(spans[training], "making the vocabulary"), settings.vocab_size, settings.min_freq)
+    elif tokenizer is None or grow:
+        held_out = points[ranges(spans[~training, 0], lengths[~training] - 1)]
+        made = CharTokenizer.of_counts(counts - np.bincount(held_out, minlength=len(counts)), settings.vocab_size, settings.min_freq)
         tokenizer = tokenizer.grown(made, settings.vocab_size) if grow else made
         if tokenizer.size == len(tokenizer_module.SPECIALS):
             raise UserError(f"min_freq={settings.min_freq} leaves no character of {path}; lower it (1 keeps all)")
-    sizes, unknown, separators = [], 0, 0
-    with open(os.path.join(folder, "ids.bin"), "wb") as file:
-        for points, lengths, _ in again("encoding"):
-            ids, size = tokenizer.encode_dialogues(points, lengths)
-            file.write(ids)
-            sizes.append(size)
-            unknown += np.count_nonzero(ids == UNK)
-            separators += np.count_nonzero(ids == SEP)
-    os.remove(decoded)
-    sizes, training = np.concatenate(sizes), np.concatenate(training)
-    np.save(os.path.join(folder, "offsets.npy"), np.append(0, np.cumsum(sizes)))
+    if isinstance(tokenizer, CharTokenizer):
+        unknown = counts[tokenizer.table.take(np.arange(len(counts)), mode="clip") == UNK].sum()
+    else:
+        unknown, sizes = 0, []
+        with open(os.path.join(folder, "ids.bin"), "wb") as file:
+            end, all_texts = np.array([PAD], tokenizer.dtype), texts(spans, "encoding")
+            while some := list(itertools.islice(all_texts, 1000)):
+                for ids in tokenizer.encode_batch(some):
+                    file.write(np.append(ids, end))
+                    sizes.append(len(ids) + 1)
+        points = None  # Windows removes no file that is mapped
+        os.remove(os.path.join(folder, "text.bin"))
+        lengths, ends = np.array(sizes), np.cumsum(sizes)
+        spans = np.stack([ends - lengths, ends], axis=1)
+    np.save(os.path.join(folder, "spans.npy"), spans)
     np.save(os.path.join(folder, "training.npy"), training)
-    tokens = dict(train=int(sizes.sum(where=training)), val=int(sizes.sum(where=~training)))
+    tokens = dict(train=int(lengths.sum(where=training)), val=int(lengths.sum(where=~training)))
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
     sizes = {name: os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder)}
     content = dict(corpus, layout=LAYOUT, identity=identity(corpus, tokenizer), tokens=tokens, unknown=int(unknown),
-                   dialogues=len(training), utterances=int(separators) + len(training),
-                   dtype=np.dtype(tokenizer.dtype).name, sizes=sizes)
+                   dialogues=len(training), utterances=int(utterances), sizes=sizes)
     with open(os.path.join(folder, "manifest.json"), "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
 
 
+class Characters:
+    """The ids of a store that holds code points: they are looked up as they are read, so that preparing a corpus is reading it once."""
+
+    def __init__(self, points, tokenizer):
+        self.points, self.table = points, tokenizer.table.copy()
+        self.table[END] = PAD
+
+    def __getitem__(self, place):
+        return self.table.take(self.points[place], mode="clip")
+
+
 class Documents:
-    """One part ("train" or "val") of a token store. `ids`: the whole corpus, memory-mapped. `spans` (D, 2): begin and end in `ids`
+    """One part ("train" or "val") of a token store. `ids`: those of the whole corpus, on disk. `spans` (D, 2): begin and end in `ids`
     of this part's dialogues."""
 
     def __init__(self, folder, part):
-        self.ids = np.memmap(os.path.join(folder, "ids.bin"), dtype=manifest(folder)["dtype"], mode="r")
-        offsets, training = (np.load(os.path.join(folder, f"{name}.npy")) for name in ("offsets", "training"))
-        self.spans = np.stack([offsets[:-1], offsets[1:]], axis=1)[training if part == "train" else ~training]
+        tokenizer = tokenizer_module.load(os.path.join(folder, "tokenizer.json"))
+        on_disk = lambda name, dtype: np.memmap(os.path.join(folder, name), dtype, mode="r")
+        self.ids = (Characters(on_disk("text.bin", np.uint32), tokenizer) if isinstance(tokenizer, CharTokenizer) else
+                    on_disk("ids.bin", tokenizer.dtype))
+        spans, training = (np.load(os.path.join(folder, f"{name}.npy")) for name in ("spans", "training"))
+        self.spans = spans[training if part == "train" else ~training]
 
 
 # Packing

@@ -6,6 +6,7 @@ its utterances joined by newlines. `<pad>` ends a dialogue. Neither can be typed
 
 import codecs
 import concurrent.futures
+import functools
 import json
 import re
 import threading
@@ -20,13 +21,20 @@ SPECIALS = ("<unk>", "<sep>", "<pad>")
 
 
 def code_points(text):
-    """The text's Unicode code points, (len(text),) uint32, without a Python loop; such an array stays as it is."""
-    return text if isinstance(text, np.ndarray) else np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    """The text's Unicode code points, (len(text),) uint32, without a Python loop."""
+    return np.array([text]).view(np.uint32)[:len(text)]  # "" has a place there
 
 
 def text_of(points):
-    """The text of an array of code points; a text stays as it is."""
-    return points if isinstance(points, str) else points.tobytes().decode("utf-32-le", "surrogatepass")
+    """The text of an array of code points."""
+    return points.tobytes().decode("utf-32-le", "surrogatepass")
+
+
+def count(points, counts):
+    """How often each code point occurs in an array of them, with `counts`, those of earlier ones, added: up to the highest met, int64."""
+    more = np.bincount(points, minlength=len(counts))
+    more[:len(counts)] += counts
+    return more
 
 
 def _in_words(character):
@@ -71,13 +79,6 @@ class Tokenizer:
         counts[PAD] = 1
         return np.array(counts)
 
-    def encode_dialogues(self, points, lengths):
-        """Ids of dialogues given as code points, each closed by a newline, here by `<pad>`: (ids (N,), their lengths)."""
-        text, ends = text_of(points), np.cumsum(lengths)
-        encoded = self.encode_batch([text[begin:end - 1] for begin, end in zip(ends - lengths, ends)])
-        ids = np.concatenate([part for one in encoded for part in (one, np.array([PAD], self.dtype))])
-        return ids, np.array([len(one) + 1 for one in encoded])
-
     @property
     def dtype(self):
         """uint16 if that holds every id, else uint32."""
@@ -99,18 +100,19 @@ class CharTokenizer(Tokenizer):
         self.size = len(SPECIALS) + len(characters)
         self.pieces = [b"\xef\xbf\xbd", b"\n", b""] + [c.encode("utf-8", "surrogatepass") for c in characters]
         points = code_points(characters)
-        self.table = np.zeros(points.max(initial=ord("\n")) + 2, dtype=self.dtype)  # code point -> id; the last place is for all above
+        self.table = np.zeros(points.max(initial=127) + 2, dtype=self.dtype)  # code point -> id; the last place is for all above
         self.table[points] = np.arange(3, self.size)
         self.table[ord("\n")] = SEP
 
     @classmethod
     def train(cls, texts, vocab_size=None, min_freq=1):
-        """From an iterable of texts, or arrays of code points: characters by falling frequency, ties by code point."""
-        counts = np.zeros(0, dtype=np.int64)  # by code point, up to the highest met
-        for text in texts:
-            some = np.bincount(code_points(text), minlength=len(counts))
-            some[:len(counts)] += counts
-            counts = some
+        """From an iterable of texts."""
+        return cls.of_counts(functools.reduce(lambda counts, text: count(code_points(text), counts), texts, np.zeros(0, dtype=np.int64)),
+                             vocab_size, min_freq)
+
+    @classmethod
+    def of_counts(cls, counts, vocab_size=None, min_freq=1):
+        """From how often each code point occurs: characters by falling frequency, ties by code point."""
         counts[ord("\n"):ord("\n") + 1] = 0  # a slice: the array may be shorter
         found = np.flatnonzero(counts >= max(1, min_freq))
         order = found[np.argsort(-counts[found], kind="stable")]
@@ -126,11 +128,6 @@ class CharTokenizer(Tokenizer):
     def encode(self, text):
         """(len(text),) ids; characters outside the vocabulary are `<unk>`."""
         return self.table.take(code_points(text), mode="clip")
-
-    def encode_dialogues(self, points, lengths):
-        ids = self.encode(points)
-        ids[np.cumsum(lengths) - 1] = PAD
-        return ids, lengths
 
     def state(self):
         return {"kind": "char", "characters": self.vocabulary}
@@ -157,7 +154,7 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts, vocab_size=8000, min_freq=2):
-        """From an iterable of texts, or arrays of code points; all 256 bytes are in the vocabulary, so nothing is ever `<unk>`."""
+        """From an iterable of texts; all 256 bytes are in the vocabulary, so nothing is ever `<unk>`."""
         import tokenizers
         if vocab_size is not None and vocab_size < 256 + len(SPECIALS):
             raise UserError(f"vocab_size={vocab_size} is too small for tokenizer=bpe; it needs {256 + len(SPECIALS)} at least (8000, say)")
@@ -167,7 +164,7 @@ class BPETokenizer(Tokenizer):
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=(vocab_size or 8000) - len(SPECIALS), min_frequency=max(2, min_freq), show_progress=False,
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-        lines = (line for text in texts for line in text_of(text).split("\n") if line)
+        lines = (line for text in texts for line in text.split("\n") if line)
         done = concurrent.futures.Future()
 
         def learn():
@@ -220,5 +217,5 @@ def load(path):
 
 
 def train(kind, texts, vocab_size=None, min_freq=1):
-    """A new `char` or `bpe` tokenizer from an iterable of texts or arrays of code points."""
+    """A new `char` or `bpe` tokenizer from an iterable of texts."""
     return {"char": CharTokenizer, "bpe": BPETokenizer}[kind].train(texts, vocab_size, min_freq)

@@ -128,20 +128,7 @@ def train(settings, runtime, dry_run, begin):
             better = metrics["loss"] < progress["best"] or not metrics["tokens"]  # with nothing held out, the newest is the best
             progress |= dict(scored=step, best=min(progress["best"], metrics["loss"]), worse=0 if better else progress["worse"] + 1)
             if runtime.main:
-                writer.add_scalar("minutes", minutes, step)
-                if metrics["tokens"]:
-                    bar.write(f"step {step}, {minutes:.1f} min: validation loss {metrics['loss']:.4f} "
-                              f"({metrics['bits']:.3f} bits a character, perplexity {math.exp(min(metrics['loss'], 50)):.1f})")
-                    for name, value in (("loss/validation", metrics["loss"]), ("bits_per_character", metrics["bits"]),
-                                        ("gap", metrics["loss"] - (mean_loss or math.nan))):
-                        writer.add_scalar(name, value, step)
-                else:
-                    bar.write(f"step {step}, {minutes:.1f} min: nothing is held out (train_percent=1), so nothing measured")
-                replies = sample_replies(model, samples, tokenizer, runtime)
-                for prompt, reply in replies:
-                    bar.write(f"    {prompt}  →  {reply}")
-                writer.add_text("replies", "  \n".join(f"{prompt} → {reply}" for prompt, reply in replies), step)
-                writer.flush()
+                tell_evaluation(bar, writer, metrics, mean_loss, minutes, sample_replies(model, samples, tokenizer, runtime))
 
         if due or step not in (0, saved_step) and (finished or wish or step % settings.save_freq == 0):
             if runtime.main:
@@ -162,20 +149,7 @@ def train(settings, runtime, dry_run, begin):
             break
         if finished:
             bar.close()
-            best = f", and best.pth with the best validation loss, {progress['best']:.4f}" if math.isfinite(progress["best"]) else ""
-            poor = best and progress["best"] > math.log(tokenizer.size) + 0.1  # where an untrained model may be
-            best += (f", which is worse than guessing ({math.log(tokenizer.size):.4f}): lower lr={settings.lr}, or take more text"
-                     if poor else "")
-            learnt = mean_loss is None or mean_loss < progress["best"]  # its training text, better than best.pth
-            last = "last.pth" + (" (it knows its training text better than best.pth)" if best and not poor else "")
-            name = "best.pth" if progress["best"] == metrics.get("loss") or best and (settings.patience or not learnt) else last
-            why = f" (evaluations without improvement: {settings.patience})" if share < 1 else ""
-            limits = "patience" if why else "max_steps, max_minutes or max_epoch"
-            slow = settings.compile and compiling > 0.5 * (settings.max_minutes or math.inf)
-            why += " (more than half of it compiling the first step: raise max_minutes, or give compile=False)" if slow else ""
-            why = f" (nothing was left to do: raise {limits})" if step == begun else why
-            runtime.say(f"finished after {step} steps and {minutes:.1f} minutes{why}: {settings.checkpoint_root}/last.pth{best}\n"
-                        f"talk to it: python chat.py {shlex.quote(settings.checkpoint_root)}/{name}")
+            runtime.say(ending(settings, progress, metrics, mean_loss, share, progress["step"] == begun, compiling, tokenizer.size))
             break
 
         # One step: the rows [row, row + train_batch) of the epoch, the same whatever the number of processes.
@@ -397,6 +371,48 @@ def sample_replies(model, prompts, tokenizer, runtime):
     model.train()
     replies = torch.stack(steps, dim=1).tolist()
     return [(prompt, tokenizer.decode(i for i in reply if i > tokenizer_module.PAD)) for prompt, reply in zip(prompts, replies)]
+
+
+def tell_evaluation(bar, writer, metrics, mean_loss, minutes, replies):
+    """Prints and logs what an evaluation found. `mean_loss`: of the last training steps, or None."""
+    step, loss = metrics["step"], metrics["loss"]
+    writer.add_scalar("minutes", minutes, step)
+    if metrics["tokens"]:
+        bar.write(f"step {step}, {minutes:.1f} min: validation loss {loss:.4f} ({metrics['bits']:.3f} bits a character, "
+                  f"perplexity {math.exp(min(loss, 50)):.1f})")
+        for name, value in (("loss/validation", loss), ("bits_per_character", metrics["bits"]), ("gap", loss - (mean_loss or math.nan))):
+            writer.add_scalar(name, value, step)
+    else:
+        bar.write(f"step {step}, {minutes:.1f} min: nothing is held out (train_percent=1), so nothing measured")
+    for prompt, reply in replies:
+        bar.write(f"    {prompt}  →  {reply}")
+    writer.add_text("replies", "  \n".join(f"{prompt} → {reply}" for prompt, reply in replies), step)
+    writer.flush()
+
+
+def ending(settings, progress, metrics, mean_loss, share, idle, compiling, vocab_size):
+    """What a finished run says: why it ended, which of its checkpoints to talk to, and what was wrong with it. `idle`: nothing was left
+    to do; `compiling`: minutes of its first step."""
+    folder, best, guessing = settings.checkpoint_root, progress["best"], math.log(vocab_size)
+    why, files, name = "", f"{folder}/last.pth", "last.pth"
+    if share < 1:
+        why = f" (evaluations without improvement: {settings.patience})"
+    if idle:
+        why = f" (nothing was left to do: raise {'patience' if share < 1 else 'max_steps, max_minutes or max_epoch'})"
+    elif settings.compile and compiling > 0.5 * (settings.max_minutes or math.inf):
+        why += " (more than half of it compiling the first step: raise max_minutes, or give compile=False)"
+    if math.isfinite(best):
+        files += f", and best.pth with the best validation loss, {best:.4f}"
+        poor = best > guessing + 0.1  # where an untrained model may be
+        if poor:
+            files += f", which is worse than guessing ({guessing:.4f}): lower lr={settings.lr}, or take more text"
+        by_heart = (mean_loss is None or mean_loss < best) and not settings.patience
+        if best == metrics.get("loss") or not by_heart:
+            name = "best.pth"
+        elif not poor:
+            name += " (it knows its training text better than best.pth)"
+    return (f"finished after {progress['step']} steps and {progress['minutes']:.1f} minutes{why}: {files}\n"
+            f"talk to it: python chat.py {shlex.quote(folder)}/{name}")
 
 
 def describe(settings, runtime, model, epoch, held_out, made):

@@ -19,7 +19,7 @@ import data
 import runs
 import tokenizer
 from settings import TrainSettings, UserError, build
-from tokenizer import PAD, SEP
+from tokenizer import PAD, SEP, UNK
 
 
 def make_settings(path, **more):
@@ -98,7 +98,7 @@ def test_a_store_of_jsonl_is_that_of_the_same_text(tmp_path):
     turns = [[dict(role="user", content=text) for text in dialogue] for dialogue in dialogues]
     (tmp_path / "c.jsonl").write_text("\ufeff" + "\r\n".join(json.dumps({"messages": messages}) for messages in turns))
     stores = [data.prepare(make_settings(tmp_path / name)) for name in ("c.txt", "c.jsonl")]
-    for name in ("ids.bin", "offsets.npy", "training.npy", "tokenizer.json"):
+    for name in ("text.bin", "spans.npy", "training.npy", "tokenizer.json"):
         first, second = (open(os.path.join(store, name), "rb").read() for store in stores)
         assert first == second
 
@@ -136,7 +136,7 @@ def test_a_min_freq_above_all_counts_is_an_error_and_leaves_no_store(tmp_path):
 def test_what_a_killed_preparation_left_goes_after_a_week(tmp_path):
     (tmp_path / "c.txt").write_text("你好\n你好\n\n再见\n再见\n")
     for name, age in (("old", 8 * 86400), ("new", 6 * 86400)):
-        file = tmp_path / ".cache" / f".making-{name}" / "ids.bin"
+        file = tmp_path / ".cache" / f".making-{name}" / "text.bin"
         file.parent.mkdir(parents=True)
         file.write_bytes(b"x")
         for path in (file, file.parent):
@@ -204,12 +204,13 @@ def write_corpus(path, count=200):
     path.write_text("\n\n".join("\n".join(f"第{i}句{'话' * (i % 7)}{j}" for j in range(1 + i % 4)) for i in range(count)))
 
 
-def test_the_store_holds_the_corpus_split_by_dialogue_and_its_vocabulary_is_of_the_training_part(tmp_path):
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_the_store_holds_the_corpus_split_by_dialogue_and_its_vocabulary_is_of_the_training_part(tmp_path, kind):
     path = tmp_path / "c.txt"
     write_corpus(path)
     with open(path, "a") as file:
-        file.write("\n\n" + "龘")
-    settings = make_settings(path, train_percent=0.9)
+        file.write("\n \u2003\n\n" + "龘")
+    settings = make_settings(path, train_percent=0.9, tokenizer=kind)
     store = data.prepare(settings)
     made = tokenizer.load(os.path.join(store, "tokenizer.json"))
     texts = {part: [] for part in ("train", "val")}
@@ -221,7 +222,19 @@ def test_the_store_holds_the_corpus_split_by_dialogue_and_its_vocabulary_is_of_t
     corpus = list(data.read_dialogues(str(path)))
     assert sorted(texts["train"] + texts["val"]) == sorted(corpus) and len(texts["val"]) == 20
     assert texts["train"] == [d for d in corpus if d not in texts["val"]]
-    assert set(made.vocabulary) == set("".join(texts["train"])) - {"\n"}
+    said, trained = data.manifest(store), "".join(texts["train"]).replace("\n", "")
+    assert said["utterances"] == sum(len(text.split("\n")) for text in corpus)
+    if kind == "char":
+        assert list(made.vocabulary) == sorted(set(trained), key=lambda character: (-trained.count(character), character))
+        assert said["tokens"] == {part: sum(len(text) + 1 for text in found) for part, found in texts.items()}
+
+
+def test_characters_of_held_out_dialogues_alone_are_unknown_and_counted(tmp_path):
+    (tmp_path / "c.txt").write_text("\n\n".join(chr(0x4E00 + i) for i in range(200)))
+    store = data.prepare(make_settings(tmp_path / "c.txt", train_percent=0.9))
+    documents = data.Documents(store, "val")
+    assert [documents.ids[begin:end].tolist() for begin, end in documents.spans] == [[UNK, PAD]] * 20
+    assert data.manifest(store)["unknown"] == 20 and tokenizer.load(os.path.join(store, "tokenizer.json")).size == 3 + 180
 
 
 def held_out(path, dialogues, **more):
@@ -259,8 +272,8 @@ def test_the_store_is_made_once_and_again_when_the_corpus_changes(tmp_path):
     path = tmp_path / "c.txt"
     write_corpus(path)
     first = data.prepare(make_settings(path))
-    stamp = os.stat(os.path.join(first, "ids.bin")).st_mtime_ns
-    assert data.prepare(make_settings(path)) == first and os.stat(os.path.join(first, "ids.bin")).st_mtime_ns == stamp
+    stamp = os.stat(os.path.join(first, "text.bin")).st_mtime_ns
+    assert data.prepare(make_settings(path)) == first and os.stat(os.path.join(first, "text.bin")).st_mtime_ns == stamp
     write_corpus(path, 201)
     assert data.prepare(make_settings(path)) != first
 
@@ -410,7 +423,7 @@ def test_reading_a_corpus_takes_no_memory_of_its_size(tmp_path, end):
     assert dialogues == 60_000 and kilobytes < 4096  # the file has 4,600, its code points 6,700
 
 
-@pytest.mark.parametrize("damage", ["manifest.json", "ids.bin", "training.npy", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["manifest.json", "text.bin", "training.npy", "tokenizer.json"])
 @pytest.mark.parametrize("way", ["removed", "emptied"])
 def test_a_store_that_is_not_whole_is_made_again(tmp_path, damage, way):
     (tmp_path / "c.txt").write_text("你好\n你好\n\n再见\n再见\n")

@@ -68,16 +68,6 @@ def test_saved_tokenizers_are_the_same_again(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
-def test_dialogues_are_encoded_one_after_the_other_each_with_its_end(kind):
-    made = tokenizer.train(kind, [TEXT], vocab_size=400)
-    dialogues = ["你好\n今天", "很好", "hello"]
-    text = "".join(dialogue + "\n" for dialogue in dialogues)
-    ids, lengths = made.encode_dialogues(tokenizer.code_points(text), np.array([len(dialogue) + 1 for dialogue in dialogues]))
-    parts = [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
-    assert parts == [made.encode(dialogue).tolist() + [PAD] for dialogue in dialogues]
-
-
-@pytest.mark.parametrize("kind", ["char", "bpe"])
 def test_characters_of_tokens_add_up_to_the_length_of_the_text(kind):
     made = tokenizer.train(kind, [TEXT], vocab_size=400)
     assert made.characters[made.encode(TEXT)].sum() == len(TEXT)
