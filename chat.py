@@ -152,12 +152,14 @@ def main():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while loading: leave at once, without a traceback
     parser = settings_module.parser(ChatSettings, "python chat.py CONFIG|CHECKPOINT [key=value …] [--prompt TEXT]")
     parser.add_argument("config", help="YAML file, a checkpoint, or a folder of checkpoints")
-    parser.add_argument("override", nargs="*", help="key=value")
+    parser.add_argument("override", nargs="*", default=[], help="key=value")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and stop")
     options = parser.parse_intermixed_args()
     values = {"resume_from": options.config}
     if options.config.endswith((".yaml", ".yml")):
         values = settings_module.read_yaml(options.config)
+    elif not os.path.exists(options.config):
+        settings_module.refuse_key(options.config)
     settings = settings_module.build(ChatSettings, values | settings_module.overrides(options.override))
     if options.prompt is not None and not options.prompt.strip():
         raise UserError("--prompt is empty; give it something to answer")
@@ -205,9 +207,11 @@ def answer(conversation, text):
 def pipe(conversation):
     """A line in, a line out. `exit` and `flush` are the terminal's; an empty line, which ends a dialogue in a corpus, ends
     it here too and is answered by an empty line."""
-    sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")
-    for line in sys.stdin:
-        text = line.strip()
+    for line in sys.stdin.buffer:
+        try:
+            text = line.decode("utf-8-sig").strip()
+        except UnicodeDecodeError:
+            text = line.decode("gb18030", "replace").strip()  # what a Chinese Windows pipes
         if "\ufffd" in text:
             conversation.notice("(this line is not UTF-8: what cannot be read becomes <unk>)")
         if text == "exit":
@@ -346,6 +350,11 @@ def transcript(conversation, path):
     return json.dumps({"messages": turns}, ensure_ascii=False) + "\n"
 
 
+def utterances(conversation):
+    count = len(conversation.utterances)
+    return f"{count} utterance{'s' * (count != 1)}"
+
+
 def save(conversation, path):
     try:
         with open(path, "w" if path in conversation.saved else "x", encoding="utf-8") as file:
@@ -355,7 +364,7 @@ def save(conversation, path):
         raise UserError(f"{path} exists; name a new file")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}")
-    conversation.notice(f"({len(conversation.utterances)} utterances written to {path})")
+    conversation.notice(f"({utterances(conversation)} written to {path})")
 
 
 def load_conversation(conversation, path):
@@ -374,7 +383,7 @@ def load_conversation(conversation, path):
                 conversation.saved.add(path)
     asked = "; /retry answers the last one" if len(conversation.utterances) % 2 else ""
     first = ", its first dialogue" if more else ""
-    conversation.notice(f"({len(conversation.utterances)} utterances read from {path}{first}{asked})")
+    conversation.notice(f"({utterances(conversation)} read from {path}{first}{asked})")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import settings as settings_module
 import tokenizer as tokenizer_module
 from model import GPT, GPTConfig
-from settings import UserError
+from settings import FULL_MEMORY, UserError
 from tokenizer import PAD, CharTokenizer
 
 FORMAT = 1
@@ -70,7 +70,7 @@ def save(folder, step, content, keep=2, tell=None):
     name_also(path, "last.pth")
     for _, old in numbered(folder)[keep + 1:]:  # the newest is last.pth
         if old != path:  # another run is in this folder, and further
-            os.unlink(old)
+            _patiently(os.unlink, old)
     for left in glob.glob(".saving-cpt*.pth", root_dir=folder):  # by a run that was killed while it saved
         os.unlink(os.path.join(folder, left))
     return path
@@ -96,11 +96,21 @@ def whole(path):
     _remove(temporary)  # of a program that was killed
     try:
         yield temporary
-        os.replace(temporary, path)
+        _patiently(os.replace, temporary, path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or 'is the disk full?'}; earlier files are intact")
     finally:
         _remove(temporary)  # after an error, or where it was a link to `path` already
+
+
+def _patiently(do, *names):
+    """Windows replaces and removes no file that another program is just reading."""
+    for wait in (0.1, 0.2, 0.4, 0.8, 1.6, 3.2) if os.name == "nt" else ():
+        try:
+            return do(*names)
+        except PermissionError:
+            time.sleep(wait)
+    return do(*names)
 
 
 def _remove(path):
@@ -139,13 +149,15 @@ def set_aside(folder, ours=OURS):
         target += "+"
     os.makedirs(target)
     for name in names:
-        os.rename(os.path.join(folder, name), os.path.join(target, name))
+        _patiently(os.rename, os.path.join(folder, name), os.path.join(target, name))
     return target
 
 
 def load(path):
     """What torch.save wrote to a file, on the CPU; a UserError if there is none or it cannot be read, Damaged if it is damaged
     or needs code to be run."""
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder; name a file in it, {os.path.join(path, 'best.pth')} say")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -157,12 +169,10 @@ def load(path):
             raise UserError(f"{path} does not exist; download it: python data.py download pretrained")
         raise UserError(f"{path} does not exist; train one first (python train.py CONFIG, a classifier: python sentimentalTrain.py "
                         "CONFIG), or name another")
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder; name a file in it, {os.path.join(path, 'best.pth')} say")
     except pickle.UnpicklingError:
         raise Damaged(f"{path} is refused: it is not a checkpoint, is damaged, or would run code when loaded")
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError, struct.error) as error:
-        passing = isinstance(error, OSError) and error.errno != errno.EINVAL or "allocate memory" in str(error)  # EINVAL: a cut file
+        passing = isinstance(error, OSError) and error.errno != errno.EINVAL or FULL_MEMORY.search(str(error))  # EINVAL: a cut file
         reason = f"{path} cannot be read: " if passing else f"{path} is no checkpoint, or damaged: {type(error).__name__}, "
         raise (UserError if passing else Damaged)(reason + " ".join(str(error).splitlines()[:1]).split(". ")[0])
 

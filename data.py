@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import os
-import shlex
 import shutil
 import sys
 import time
@@ -22,11 +21,11 @@ from tqdm import tqdm
 
 import settings as settings_module
 import tokenizer as tokenizer_module
-from settings import TrainSettings, UserError
+from settings import TrainSettings, UserError, quoted
 from tokenizer import PAD, SEP, UNK, BPETokenizer, CharTokenizer, code_points, text_of
 
 LAYOUT = 6  # of a token store
-BLOCK = 1 << 18  # bytes read at once; arrays of this size stay in the cache and in the heap
+BLOCK = 1 << 19  # bytes read at once; arrays of this size stay in the cache
 IGNORE = -100  # target of a position that is not scored
 NEWLINE = ord("\n")
 END = ord("\r")  # closes a dialogue in a store of characters; readers leave none in the text
@@ -66,16 +65,18 @@ def corpus_errors(path):
                         "between dialogues (data/sample_dialogues.txt is one), or fetch one: python data.py download chat")
     except UnicodeDecodeError as error:
         with open(path, "rb") as file:
-            head = file.read(min(max(4, error.start), BLOCK))
+            head = file.read(min(max(64, error.start), BLOCK))
         if head.startswith((b"PK\3\4", b"\x1f\x8b")):
             raise UserError(f"{path} is a zip or gzip archive, or an Excel or Word file: unpack it, or save it as text in UTF-8")
-        what, advice, options = "not UTF-8", "convert it", "-f GB18030"
+        if b"\0" in head and not head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise UserError(f"{path} is no text in UTF-8; a corpus is a .txt or .jsonl file")
+        what, advice, options = "not UTF-8", "save it as UTF-8 in an editor, or convert it", "-f GB18030"
         if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             options = "-f UTF-16"
         elif max(head[:error.start], default=0) >= 0xE0:  # Chinese characters in UTF-8, as far as that
             what, advice, options = "damaged", "leave such bytes out", "-c -f UTF-8"
         raise UserError(f"{path} is {what} ({error.reason} at byte {error.start}); {advice}: "
-                        f"iconv {options} -t UTF-8 {shlex.quote(path)} > utf8{os.path.splitext(path)[1]}")
+                        f"iconv {options} -t UTF-8 {quoted(path)} > utf8{os.path.splitext(path)[1]}")
     except OSError as error:
         raise UserError(f"data_path={path} cannot be read: {error.strerror}")
 
@@ -269,6 +270,8 @@ def corpus_of(settings):
     path = settings.data_path
     if path is None:
         raise UserError("data_path is not set; name a corpus, for example data_path=data/sample_dialogues.txt")
+    if path.lower().endswith((".csv", ".tsv", ".pth", ".yaml", ".yml")):
+        raise UserError(f"data_path={path} is no corpus: .txt, an utterance a line and an empty line between dialogues, or .jsonl")
     # Raise format when ids or the split change (older runs can then not be resumed), LAYOUT when only the files do.
     corpus = dict(format=3, corpus=file_sha256(path), train_percent=settings.train_percent, seed=settings.seed)
     return corpus | (dict(reader="jsonl 2") if _is_jsonl(path) else {})
@@ -526,7 +529,7 @@ def main():
     arguments.description = "Make the token store of a configuration's corpus, which train.py does by itself, or fetch published files."
     arguments.add_argument("command", choices=["prepare", "download"])
     arguments.add_argument("config", help="YAML file")
-    arguments.add_argument("override", nargs="*", help="key=value")
+    arguments.add_argument("override", nargs="*", default=[], help="key=value")
     options = arguments.parse_args()
     settings = settings_module.build(
         TrainSettings, settings_module.read_yaml(options.config) | settings_module.overrides(options.override))

@@ -10,7 +10,6 @@
 import argparse
 import json
 import os
-import shlex
 import sys
 
 import torch
@@ -18,7 +17,7 @@ import torch
 import checkpoint
 import settings as settings_module
 from model import GPT, GPTConfig, rms_norm
-from settings import ChatSettings, UserError
+from settings import ChatSettings, UserError, quoted
 from tokenizer import PAD, SEP, SPECIALS, UNK, BPETokenizer, CharTokenizer
 
 QWEN3 = {  # our names in a block: Qwen3's
@@ -38,11 +37,11 @@ def export(path, target):
     read, write, reader = checkpoint.load_model, write_folder, "transformers' AutoModelForCausalLM and AutoTokenizer"
     ending, new = os.path.splitext(target)[1].lower(), "folder, or a new file NAME.gguf"
     if os.path.isdir(path) and (ending == ".pth" or os.path.isfile(os.path.join(path, "config.json"))):
-        read, write, reader, new = read_folder, write_checkpoint, f"python chat.py {shlex.quote(target)}", "file NAME.pth"
+        read, write, reader, new = read_folder, write_checkpoint, f"python chat.py {quoted(target)}", "file NAME.pth"
         if ending != ".pth":
             raise UserError(f"{path} is a folder of Hugging Face's files, which becomes a checkpoint: name a new {new}, not {target}")
     elif ending == ".gguf":
-        write, reader = write_gguf, f"llama.cpp: llama-server -m {shlex.quote(target)}"
+        write, reader = write_gguf, f"llama.cpp: llama-server -m {quoted(target)}"
     elif ending in (".onnx", ".safetensors", ".bin", ".pt", ".pth") and os.path.exists(path):
         raise UserError(f"{target} would be a folder: name one without that ending, or a file NAME.gguf")
     if os.path.lexists(target):

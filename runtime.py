@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from settings import FULL, UserError
+from settings import FULL, FULL_MEMORY, UserError
 
 # Dense bfloat16 peaks in FLOP/s, from the makers' data sheets (Volta and Turing: float16).
 PEAKS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "H20": 148e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12,
@@ -131,8 +131,8 @@ class Processes:
         for place in self.claimed.values():
             os.close(place)
         if full := isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-                "can't allocate memory" in str(error) and not isinstance(error, UserError)):
-            error = UserError(f"rank {self.rank}: the memory is full; micro_batch=1, a smaller block_size or "
+                FULL_MEMORY.search(str(error)) and not isinstance(error, UserError)):
+            error = UserError(f"rank {self.rank}: the memory is full; micro_batch=1, a smaller block_size or model, or "
                               "checkpointing=True (a third slower) takes less; saved checkpoints are intact")
         if error is None:
             if dist.is_initialized():
@@ -207,8 +207,10 @@ def start(settings, processes=None):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
     elif not threads_are_set(processes):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // processes.local_world))
+        affinity = hasattr(os, "sched_getaffinity")  # of Linux; elsewhere PyTorch's own choice is better for one process
+        cores = len(os.sched_getaffinity(0)) if affinity else os.cpu_count()
+        if affinity or processes.local_world > 1:
+            torch.set_num_threads(max(1, cores // processes.local_world))
     if processes.store is not None:
         processes.meet()  # a process without its device must not leave the others waiting in the next line
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=processes.rank,
@@ -240,7 +242,7 @@ def explain_processes(runtime, values):
 def pick_device(name, processes):
     """The torch device that a setting means here; one that is missing is replaced by the CPU, with a line."""
     kind, _, index = name.partition(":")
-    mps = torch.backends.mps.is_available()
+    mps = torch.backends.mps.is_available() and processes.world == 1  # gloo does not exchange its tensors
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if kind not in ("cpu", "cuda", "mps") or (index and not (index.isdecimal() and name.startswith("cuda:"))):
@@ -298,7 +300,7 @@ class _Output(io.FileIO):
         try:
             return super().write(content)
         except OSError as error:
-            if error.errno not in (errno.EIO, errno.EPIPE, *FULL):
+            if error.errno not in (errno.EIO, errno.EPIPE, *FULL) and os.name == "posix":
                 raise
             return len(content)
 
@@ -312,7 +314,8 @@ class StopSignal:
     def __init__(self, processes):
         self.asked, self.parent = False, processes.parent
         for name in ("stdout", "stderr"):
-            if (stream := getattr(sys, name)) is getattr(sys, f"__{name}__"):  # no notebook's
+            stream = getattr(sys, name)  # a notebook has its own, and Windows writes to a console otherwise
+            if stream is getattr(sys, f"__{name}__") and (os.name == "posix" or not stream.isatty()):
                 output = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
                 setattr(sys, name, io.TextIOWrapper(output, stream.encoding, "replace", line_buffering=True))
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -327,7 +330,7 @@ class StopSignal:
         self.asked = True
 
     def __bool__(self):
-        return self.asked or self.parent not in (None, os.getppid())
+        return self.asked or self.parent is not None and self.parent != os.getppid()
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ python sentimentalTrain.py CONFIG|CHECKPOINT --predict FILE.csv|FILE.txt|-
 """
 
 import dataclasses
+import glob
 import json
 import math
 import os
@@ -51,9 +52,11 @@ def start(processes):
                         "else each line; - is standard input")
     given.add_argument("--predict-text", metavar="TEXT", help="label and probability of this one review")
     options = parser.parse_intermixed_args()
-    paths = [os.path.join(word, "best.pth") if os.path.isdir(word) else word for word in options.config if "=" not in word]
-    over = settings_module.overrides(word for word in options.config if "=" in word)
     predicting = options.predict is not None or options.predict_text is not None
+    paths = [path for word in options.config if "=" not in word for path in sorted(glob.glob(word)) or [word]]  # Windows expands no *
+    if predicting:
+        paths = [os.path.join(path, "best.pth") if os.path.isdir(path) else path for path in paths]
+    over = settings_module.overrides(word for word in options.config if "=" in word)
     if not paths:
         raise UserError("no configuration is named; config/demoSentimental.yaml is one")
     if options.predict == "-" and processes.world > 1:
@@ -110,7 +113,8 @@ def check(settings, roots):
         raise UserError(f"checkpoint_root={settings.checkpoint_root} is shared by several configurations: each would set aside the "
                         "previous one's results; give each its own")
     for root in roots if checkpoint.OURS.fullmatch(name) else []:
-        if re.fullmatch(r"\.|seed\d+(-(split|fold)\d+)?", os.path.relpath(os.path.realpath(folder), root)):
+        above, own = os.path.split(place := os.path.realpath(folder))
+        if place == root or above == root and re.fullmatch(r"seed\d+(-(split|fold)\d+)?", own):
             raise UserError(f"base_model={settings.base_model} lies in checkpoint_root: a classifier would take its place, "
                             "and the next run start from that; name another checkpoint_root")
     if (settings.data_path or "").lower().endswith((".csv", ".tsv")):
@@ -194,7 +198,9 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
     sort_by = lengths if settings.use_mask else np.zeros_like(lengths)  # what batches are made by
     order = reviews.by_length(training, sort_by, settings.train_batch, np.random.default_rng([seed, 0]))
     filling = 1 - lengths[training].sum() / sum(reviews.pad([rows[i] for i in batch], unit)[0].size for batch in order)
-    describe_run(runtime, classifier, trained, parts, lengths, filling, np.mean(np.concatenate(uncut) == UNK))
+    pieces = count_pieces(settings, runtime)
+    describe_run(runtime, classifier, trained, parts, lengths, filling, np.mean(np.concatenate(uncut) == UNK),
+                 -(-settings.train_batch // pieces))
     if dry_run:
         return None
     if runtime.main:
@@ -204,7 +210,6 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
     optimizers = make_optimizers(classifier, dataclasses.replace(settings, weight_decay=decay), runtime.dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=runtime.dtype == torch.float16)
     distributed = rt.distribute(runtime, classifier)
-    pieces = count_pieces(settings, runtime)
     name = os.path.relpath(folder, os.path.dirname(os.path.abspath(settings.checkpoint_root)))  # with the run's, if there are several
     writer = rt.tensorboard(runtime, settings.tensorboard_path and os.path.join(settings.tensorboard_path, name))
     bar = rt.step_bar(runtime, total=min(settings.max_steps or math.inf, settings.max_epoch * steps))
@@ -373,21 +378,23 @@ def count_pieces(settings, runtime):
     return -(-max(2, -(-settings.train_batch // rows)) // runtime.world) * runtime.world
 
 
-def describe_run(runtime, classifier, trained, parts, lengths, filling, unknown):
-    """Says what is about to be trained, on what. `filling`, `unknown`: shares of all tokens."""
+def describe_run(runtime, classifier, trained, parts, lengths, filling, unknown, piece):
+    """Says what is about to be trained, on what. `filling`, `unknown`: shares of all tokens; `piece`: reviews computed at once."""
     training, validation, test = parts
     parameters = classifier.gpt.count_parameters()
     config, tokens = classifier.gpt.config, int(lengths[training].sum())
     learning = np.mean([block.attention.q.weight.requires_grad for block in classifier.gpt.blocks])
     work = (classifier.gpt.flops_per_token() - 6 * classifier.gpt.head.weight.numel()) * (2 + learning) / 3
     held = sum(p.numel() for p in classifier.parameters() if p.requires_grad)  # of all embeddings, where some are trained
+    kept = classifier.gpt.kept_bytes(2 if runtime.dtype != torch.float32 else 4, classifier.gpt.checkpointing)
     for name, text in (
             ("model", f"{config.arch}, {config.n_layer} layers, {config.n_embd} wide, {parameters / 1e6:.2f}M parameters, "
                       f"{trained / 1e6:.2f}M of them trained"),
             ("data", f"{len(training)} reviews to train on ({tokens:,} tokens, {filling:.2%} filling), "
                      f"{len(validation)} to choose the epoch, {len(test)} to test"
                      + (f"; {unknown:.2%} of all tokens <unk>" if unknown > 1e-4 else "")),
-            ("memory", f"about {(4 * parameters + 12 * held) / 2**30:.2f} GiB of weights, gradients and optimizer"),
+            ("memory", f"about {(4 * parameters + 12 * held) / 2**30:.2f} GiB of weights, gradients and optimizer, and up to "
+                       f"{piece * lengths.max() * kept * learning / 2**30:.2f} GiB of activations"),
             ("work", f"{work * tokens / (1 - filling) / 1e12:.1f} TFLOP an epoch")):
         runtime.say(f"{name:<9} {text}")
 

@@ -8,6 +8,9 @@ import errno
 import glob
 import math
 import os
+import re
+import shlex
+import subprocess
 import sys
 import types
 import typing
@@ -15,6 +18,12 @@ import typing
 import yaml
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk says
+FULL_MEMORY = re.compile("allocate memory|not enough memory|MPS backend out of memory")  # what PyTorch says on Linux, Windows and a Mac
+
+
+def quoted(path):
+    """A path as a shell here wants it."""
+    return shlex.quote(path) if os.name == "posix" else subprocess.list2cmdline([path])
 
 
 class UserError(Exception):
@@ -34,7 +43,8 @@ class Common:
     dtype: str = key("auto", "precision of matrix products; auto: bfloat16 where the device is fast at it",
                      choices=("auto", "float32", "bfloat16", "float16"))
     seed: int = key(1337, "seed of weights, data order, dropout, sampling and the choice of what is held out", low=0, high=2**32 - 1)
-    data_path: str | None = key(None, "corpus: .txt (an utterance a line, an empty line between dialogues) or .jsonl")
+    data_path: str | None = key(None, "corpus: .txt (an utterance a line, an empty line between dialogues) or .jsonl; chat.py, "
+                                     "sentimentalTrain.py: that of a checkpoint of the original")
     checkpoint_root: str = key("checkpoints", "folder of checkpoints: train.py and sentimentalTrain.py write there, chat.py reads")
     resume_from: str | None = key(None, "train.py, chat.py: checkpoint to start from; auto: the newest (chat: the best) in "
                                          "checkpoint_root, if there is one")
@@ -84,7 +94,7 @@ class TrainSettings(Training):
     bias: bool = key(True, "gpt2: biases in Linear and LayerNorm (modern has none)")
     tied: bool | None = key(None, "output layer shares the token embedding; empty: gpt2 yes, modern no")
     bigram_start: bool = key(True, "start a new modern model that has its own output layer from the bigram counts of the corpus")
-    chain: float = key(0.0, "share of the dialogues to train on as the next subject of a conversation, after another one", low=0, high=1)
+    chain: float = key(0.0, "share of the dialogues to train on as the next subject of a conversation, if they fit behind another one", low=0, high=1)
     tokenizer: str = key("char", "char, bpe, or the path of a tokenizer or checkpoint to take it from")
     vocab_size: int | None = key(None, "largest vocabulary; empty: all characters (bpe: 8000)", low=4, high=2**24)
     min_freq: int = key(1, "char: rarer characters become <unk>; bpe: pairs rarer than this or 2 are not merged", low=1, high=2**31 - 1)
@@ -176,18 +186,24 @@ def _parse(field, value):
     raise UserError(f"{name}={value!r} must be {names} ({field.metadata['help']})")
 
 
+def refuse_key(path):
+    """A UserError where key=value stands in place of a file."""
+    if path.partition("=")[0] in KNOWN:
+        raise UserError(f"{path} is not a file: name the configuration first, then key=value")
+
+
 def read_yaml(path):
     """The mapping in a YAML file, or a UserError that says what is wrong with it."""
-    if path.endswith(".pth"):
-        raise UserError(f"{path} is a checkpoint, but a configuration is needed here: a YAML file, see config/")
+    if path.endswith(".pth") or os.path.isdir(path):
+        raise UserError(f"{path} is a {'folder' if os.path.isdir(path) else 'checkpoint'}, but a configuration is needed here: a YAML file, "
+                        "config/demo.yaml say")
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read()
         values = yaml.safe_load(text)
     except FileNotFoundError:
-        if path.partition("=")[0] in KNOWN:
-            raise UserError(f"{path} is not a YAML file: name the configuration first, then key=value")
-        folder = os.path.dirname(path) or "."
+        refuse_key(path)
+        folder = os.path.dirname(path) or "config"
         files = ", ".join(sorted(glob.glob("*.y*ml", root_dir=folder)))
         raise UserError(f"{path} does not exist" + (f"; in {folder} there are {files}" if files else ""))
     except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:  # not all that it raises is a YAMLError
@@ -297,10 +313,10 @@ def main(function):
         error.__traceback__ = None
         print("interrupted", file=sys.stderr)
         raise SystemExit(130)
-    except BrokenPipeError:  # `… | head`: the reader has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) or os.name == "nt" and error.errno == errno.EINVAL and error.filename is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `… | head`: the reader has gone
+            raise SystemExit(1)
         if error.errno not in FULL:
             raise
         error.__traceback__ = error.__context__ = None

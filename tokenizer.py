@@ -174,6 +174,8 @@ class BPETokenizer(Tokenizer):
                 done.set_exception(error)
 
         threading.Thread(target=learn, daemon=True).start()  # it takes minutes, in which the library notices no Ctrl-C
+        while not done.done():
+            concurrent.futures.wait([done], timeout=0.2)  # Windows notices none in a wait without end either
         done.result()
         return cls(bpe.to_str())
 

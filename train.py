@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import shlex
 import time
 
 import torch
@@ -18,14 +17,14 @@ import settings as settings_module
 import tokenizer as tokenizer_module
 from model import GPT, GPTConfig, Recorded, Sampling, extended, generate
 from optim import learning_rate, make_optimizers, set_learning_rate, share_done, update
-from settings import TrainSettings, UserError
+from settings import TrainSettings, UserError, quoted
 
 
 def main():
     begin = time.perf_counter()
     parser = settings_module.parser(TrainSettings, "python train.py CONFIG [key=value …] [--dry-run]")
     parser.add_argument("config", help="YAML file")
-    parser.add_argument("override", nargs="*", help="key=value")
+    parser.add_argument("override", nargs="*", default=[], help="key=value")
     parser.add_argument("--dry-run", action="store_true", help="print settings, size, memory and FLOPs, and stop")
     options = parser.parse_intermixed_args()
     with rt.Processes() as processes:
@@ -49,10 +48,14 @@ def train(settings, runtime, dry_run, begin):
         runtime.processes.claim(settings.checkpoint_root)
     path, saved = find_checkpoint(settings, runtime, rename=not dry_run)
     tokenizer = checkpoint.unpack(saved, path)[1] if saved else None
+    if saved and (size := GPTConfig(**saved["config"]).block_size) != settings.block_size:
+        raise UserError(f"{path} has block_size={size}, not {settings.block_size}: give block_size={size}")
     settings = keep_split(settings, runtime, path, saved, tokenizer)
     before = saved and saved["progress"].get("store")  # a classifier's has none, nor has the original's
     store = runtime.processes.once(lambda: data.prepare(settings, tokenizer, before))  # the others wait
     tokenizer = tokenizer_module.load(os.path.join(store, "tokenizer.json"))
+    if settings.vocab_size and tokenizer.size > settings.vocab_size:
+        runtime.say(f"vocab_size={tokenizer.size}, as in {path or settings.tokenizer}, not {settings.vocab_size}")
     documents, held_out, made = data.Documents(store, "train"), data.Documents(store, "val"), data.manifest(store)
     torch.manual_seed(settings.seed)
     model = make_model(settings, tokenizer, path, saved, runtime)
@@ -89,7 +92,9 @@ def train(settings, runtime, dry_run, begin):
         checkpoint.name_also(os.path.realpath(path), "best.pth")  # it may have been ended just before
     saved = None  # gives its memory back
     peak = rt.peak_flops(runtime)  # here: the compiler's processes, once started, take the cores for a while
-    if settings.compile:
+    if settings.compile and device.type == "mps":
+        runtime.say("compile=True is not used on mps, for which PyTorch's compiler is not ready")
+    elif settings.compile:
         compile_or_say(model, runtime)
     distributed = rt.distribute(runtime, model)
     record = rt.can_record(runtime, settings, rows // micro_batch)
@@ -213,16 +218,19 @@ def find_checkpoint(settings, runtime, rename):
 
 
 def keep_split(settings, runtime, path, saved, tokenizer):
-    """The settings, but with the checkpoint's train_percent and seed where it goes on with its corpus: another split would train
-    on what was held out before, and measure on what was trained on."""
+    """The settings, but with the checkpoint's train_percent and seed where it goes on: another split would train on what was held out
+    before, and measure on what was trained on. Of another corpus, which may hold the one before, more may be trained on."""
     if not saved or saved["progress"].get("store") is None:
         return settings
     split = {name: saved["settings"][name] for name in ("train_percent", "seed")}
     kept = dataclasses.replace(settings, **split)
-    if kept == settings or runtime.processes.once(lambda: data.identity(data.corpus_of(kept), tokenizer)) != saved["progress"]["store"]:
+    if kept == settings:
         return settings
-    for name, value in split.items():
-        if value != getattr(settings, name):
+    if runtime.processes.once(lambda: data.identity(data.corpus_of(kept), tokenizer)) != saved["progress"]["store"]:
+        percent = settings.train_percent
+        kept = dataclasses.replace(kept, train_percent=max(percent, kept.train_percent) if kept.train_percent < 1 else percent)
+    for name in split:
+        if (value := getattr(kept, name)) != getattr(settings, name):
             runtime.say(f"{name}={value}, as in {path}, not {getattr(settings, name)}: the same dialogues stay held out")
     return kept
 
@@ -241,9 +249,7 @@ def make_model(settings, tokenizer, path, saved, runtime):
         runtime.say(f"tokenizer={kind}, as in {path}, not {settings.tokenizer}")
     for field in dataclasses.fields(GPTConfig):
         wanted, has = getattr(config, field.name), getattr(model.config, field.name)
-        if wanted != has:
-            if field.name == "block_size":
-                raise UserError(f"{path} has block_size={has}, not {wanted}: give block_size={has}")
+        if wanted != has and (settings.n_kv_head or field.name != "n_kv_head"):
             runtime.say(f"{field.name}={has}, as in {path}, not {wanted}")
     return model
 
@@ -394,7 +400,7 @@ def ending(settings, progress, metrics, mean_loss, share, idle, compiling, vocab
     """What a finished run says: why it ended, which of its checkpoints to talk to, and what was wrong with it. `idle`: nothing was left
     to do; `compiling`: minutes of its first step."""
     folder, best, guessing = settings.checkpoint_root, progress["best"], math.log(vocab_size)
-    why, files, name = "", f"{folder}/last.pth", "last.pth"
+    why, files, name, by_heart = "", f"{folder}/last.pth", "last.pth", ""
     if share < 1:
         why = f" (evaluations without improvement: {settings.patience})"
     if idle:
@@ -406,13 +412,12 @@ def ending(settings, progress, metrics, mean_loss, share, idle, compiling, vocab
         poor = best > guessing + 0.1  # where an untrained model may be
         if poor:
             files += f", which is worse than guessing ({guessing:.4f}): lower lr={settings.lr}, or take more text"
-        by_heart = (mean_loss is None or mean_loss < best) and not settings.patience
-        if best == metrics.get("loss") or not by_heart:
+        if best == metrics.get("loss") or settings.patience or mean_loss is not None and mean_loss >= best:
             name = "best.pth"
         elif not poor:
-            name += " (it knows its training text better than best.pth)"
+            by_heart = " (it knows its training text better than best.pth)"
     return (f"finished after {progress['step']} steps and {progress['minutes']:.1f} minutes{why}: {files}\n"
-            f"talk to it: python chat.py {shlex.quote(folder)}/{name}")
+            f"talk to it: python chat.py {quoted(f'{folder}/{name}')}{by_heart}")
 
 
 def describe(settings, runtime, model, epoch, held_out, made):
@@ -438,8 +443,10 @@ def describe(settings, runtime, model, epoch, held_out, made):
             ("memory", f"about {parameters * (8 + state + 2 * (width == 2)) / 2**30:.2f} GiB of weights, gradients and optimizer, and "
                        f"{activations / 2**30:.2f} GiB of activations"),
             ("work", f"{model.flops_per_token() / 1e6:.1f} MFLOP a token, "
-                     f"{model.flops_per_token() * positions / 1e12:.1f} TFLOP an epoch")):
+                     f"{model.flops_per_token() * len(epoch) * settings.block_size / 1e12:.1f} TFLOP an epoch")):
         runtime.say(f"{name:<9} {text}")
+    if settings.max_steps and settings.warmup_steps >= settings.max_steps:
+        runtime.say(f"warmup_steps={settings.warmup_steps} lasts as long as the run, which never reaches lr={settings.lr}")
     if made["utterances"] < 1.5 * made["dialogues"]:
         runtime.say(f"most dialogues of {settings.data_path} have only one utterance, which teaches no reply: put an empty line "
                     "between dialogues, not between their utterances")

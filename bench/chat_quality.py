@@ -26,7 +26,7 @@ ORIGINAL = dict(temperature=0.5, top_p=1.0, no_repeat_ngram=0, best_of=1)
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
-    parser.add_argument("override", nargs="*", help="key=value: data_path, and sampling to try beside the shipped one")
+    parser.add_argument("override", nargs="*", default=[], help="key=value: data_path, and sampling to try beside the shipped one")
     parser.add_argument("--dialogues", type=int, default=300)
     parser.add_argument("--rows", type=int, default=64, help="replies made at once")
     parser.add_argument("--seeds", default="1", help="figures are means over these, as 1,2,3")

@@ -34,7 +34,7 @@ def parser(description):
     """The command line of a benchmark: CONFIG key=value … --smoke --results."""
     arguments = argparse.ArgumentParser(description=description.splitlines()[0])
     arguments.add_argument("config", nargs="?", default=CONFIG, help="shape, data and recipe of ours")
-    arguments.add_argument("override", nargs="*", help="key=value")
+    arguments.add_argument("override", nargs="*", default=[], help="key=value")
     arguments.add_argument("--smoke", action="store_true", help="seconds instead of minutes, to show that the script works")
     arguments.add_argument("--results", default=RESULTS, help="file that lines are appended to")
     return arguments

@@ -21,7 +21,7 @@ from settings import TrainSettings
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
-    parser.add_argument("override", nargs="*", help="data_path=…")
+    parser.add_argument("override", nargs="*", default=[], help="data_path=…")
     parser.add_argument("--rows", type=int, default=24, help="packed rows to score; the 4-bit kernel is slow at many")
     options = parser.parse_intermixed_args()
     model, tokenizer, meta = checkpoint.load_model(options.checkpoint)

@@ -332,6 +332,15 @@ def test_a_pipe_gets_one_line_for_each_line_and_nothing_else(path, tmp_path):
     assert (again.returncode, again.stdout) == (0, lines[0] + "\n")
 
 
+def test_a_pipe_of_a_chinese_windows_is_understood(path):
+    said = {}
+    for encoding in ("utf-8", "gb18030"):
+        done = subprocess.run([sys.executable, "chat.py", path, "temperature=0"], input="你好\n今天\n".encode(encoding), capture_output=True)
+        said[encoding] = done.stdout
+        assert done.returncode == 0 and not done.stderr
+    assert said["utf-8"] == said["gb18030"]
+
+
 def test_a_pipe_answers_each_line_before_the_next_one_comes(path):
     with subprocess.Popen([sys.executable, "chat.py", path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8") as process:
         for _ in range(3):

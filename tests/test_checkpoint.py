@@ -38,6 +38,18 @@ def test_a_saved_model_comes_back_with_its_tokenizer(tmp_path):
     assert model.head.weight is model.embedding.weight
 
 
+def test_a_file_that_windows_does_not_replace_while_it_is_read_is_replaced_a_little_later(monkeypatch):
+    calls = []
+
+    def replace(*names):
+        calls.append(names)
+        if len(calls) < 3:
+            raise PermissionError
+    monkeypatch.setattr(checkpoint.os, "name", "nt")
+    checkpoint._patiently(replace, "a", "b")
+    assert calls == [("a", "b")] * 3
+
+
 class Evil:
     def __init__(self, target):
         self.target = target

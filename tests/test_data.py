@@ -153,6 +153,8 @@ def test_what_a_killed_preparation_left_goes_after_a_week(tmp_path):
     ("u.txt", "你好\n吃了吗\n".encode() + b"\xe4\xbd", "is damaged .*iconv -c -f UTF-8"),
     ("h.txt", "你好\n吃了吗".encode("utf-16"), "not UTF-8.*-f UTF-16"),
     ("f.txt", "你好\r\n\r\n".encode() * 100_000 + b"\xff", "at byte 1000000"),
+    ("g.txt", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "is no text in UTF-8"),
+    ("r.csv", b"label,review\n1,a\n", "is no corpus: .txt"),
     ("g.jsonl", b'{"messages": []}\n{"\xff', "at byte 19"),
     ("b.jsonl", b'{"text": 1}', "line 1"),
     ("b.jsonl", b'{"messages": [{"role": "user", "text": "a"}]}', "line 1"),

@@ -511,13 +511,13 @@ def test_a_base_in_checkpoint_root_is_refused_and_stays(config, tmp_path, monkey
 def test_several_configurations_end_in_one_table_and_a_picture(config, tmp_path, monkeypatch, capsys):
     other = tmp_path / "other.yaml"
     other.write_text(open(config).read().replace("/out", "/second") + "frozen: True\nuse_mask: False\n")
-    run(monkeypatch, config, str(other), "seeds=[1,2]", "max_epoch=1", "--table", str(tmp_path / "made" / "table"))
+    run(monkeypatch, str(tmp_path / "[to][ti]*.yaml"), "seeds=[1,2]", "max_epoch=1", "--table", str(tmp_path / "made" / "table"))
     text = (tmp_path / "made" / "table.md").read_text()
     assert text in capsys.readouterr().out
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     assert lines[0][:4] == ["configuration", "mask", "frozen", "accuracy"]
-    assert lines[2][:3] == ["tiny", "yes", "no"] and lines[3][:3] == ["other", "no", "yes"]
-    assert "±" in lines[2][3]
+    assert lines[2][:3] == ["other", "no", "yes"] and lines[3][:3] == ["tiny", "yes", "no"]
+    assert "±" in lines[3][3]
     assert (tmp_path / "made" / "table.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     told = metrics(tmp_path / "out")
     assert [one["seed"] for one in told["runs"]] == [1, 2]

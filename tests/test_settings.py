@@ -121,11 +121,11 @@ def test_a_file_that_is_no_settings_is_refused_in_one_line(tmp_path, content, me
 
 def test_a_missing_file_names_those_that_are_there(tmp_path):
     (tmp_path / "one.yaml").write_text("lr: 1\n")
-    with pytest.raises(UserError, match="lr=0.1 is not a YAML file: name the configuration first"):
+    with pytest.raises(UserError, match="lr=0.1 is not a file: name the configuration first"):
         read_yaml("lr=0.1")
     with pytest.raises(UserError, match="two.yaml does not exist; in .* there are one.yaml"):
         read_yaml(str(tmp_path / "two.yaml"))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is a folder, but a configuration is needed here"):
         read_yaml(str(tmp_path))
 
 

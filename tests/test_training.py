@@ -440,6 +440,24 @@ def test_going_on_keeps_the_dialogues_that_are_held_out(trained):
     assert runs.checkpoint(folder)["progress"]["step"] == 6
 
 
+@pytest.mark.parametrize(("before", "now", "kept"), [(0.8, 0.5, 0.8), (0.8, 0.9, 0.9), (1.0, 0.8, 0.8)])
+def test_going_on_with_more_text_trains_on_no_less_of_it_and_by_the_same_seed(trained, tmp_path, before, now, kept):
+    """Else dialogues that were trained on would be held out, with a loss that looks excellent."""
+    _, _, folder = trained(max_steps=1, seed=3, train_percent=before)
+    (tmp_path / "more.txt").write_text((tmp_path / "corpus.txt").read_text() + "\n\n新\n好")
+    status, output, _ = trained(data_path=str(tmp_path / "more.txt"), max_steps=1, train_percent=now, resume_from="auto")
+    assert status == 0 and "seed=3, as in" in output and (f"train_percent={kept}, as in" in output) == (kept != now)
+    used = runs.checkpoint(folder)["settings"]
+    assert (used["seed"], used["train_percent"]) == (3, kept)
+
+
+def test_a_block_size_that_is_not_the_checkpoints_is_refused_before_the_data_is_prepared(trained, tmp_path):
+    trained(max_steps=1)
+    runs.write_corpus(tmp_path / "other.txt", 100)
+    status, output, _ = trained(data_path=str(tmp_path / "other.txt"), block_size=8, resume_from="auto")
+    assert status == 2 and "give block_size=" in output and not list(tmp_path.glob(".cache/other-*"))
+
+
 def test_going_on_with_a_single_dialogue_makes_one_store_and_says_whose_tokenizer_it_has(trained, tmp_path):
     _, _, folder = trained(max_steps=2)
     (tmp_path / "one.txt").write_text("abc\ndef\n")
@@ -507,12 +525,14 @@ def test_a_model_that_no_memory_holds_is_one_line(trained):
     assert status == 2 and output.startswith("error: rank 0: the memory is full") and output.count("\n") == 1
 
 
-def test_a_full_gpu_says_what_takes_less_memory(tmp_path):
+@pytest.mark.parametrize("error", ["torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')",
+                                   "RuntimeError('DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.')"])
+def test_full_memory_says_what_takes_less(tmp_path, error):
     script = tmp_path / "full.py"
     script.write_text("import torch, runtime, settings\n"
                       "def work():\n"
                       "    with runtime.Processes():\n"
-                      "        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')\n"
+                      f"        raise {error}\n"
                       "settings.main(work)\n")
     status, output = runs.finish(runs.start(script=str(script)))
     assert status == 2 and output.startswith("error: rank 0: the memory is full; micro_batch=1") and output.count("\n") == 1
