@@ -94,7 +94,7 @@ class TrainSettings(Training):
     bias: bool = key(True, "gpt2: biases in Linear and LayerNorm (modern has none)")
     tied: bool | None = key(None, "output layer shares the token embedding; empty: gpt2 yes, modern no")
     bigram_start: bool = key(True, "start a new modern model that has its own output layer from the bigram counts of the corpus")
-    chain: float = key(0.0, "share of the dialogues to train on as the next subject of a conversation, if they fit behind another one", low=0, high=1)
+    chain: float = key(0.0, "share of the dialogues to train on behind the one before, where both fit, as its next subject", low=0, high=1)
     tokenizer: str = key("char", "char, bpe, or the path of a tokenizer or checkpoint to take it from")
     vocab_size: int | None = key(None, "largest vocabulary; empty: all characters (bpe: 8000)", low=4, high=2**24)
     min_freq: int = key(1, "char: rarer characters become <unk>; bpe: pairs rarer than this or 2 are not merged", low=1, high=2**31 - 1)
@@ -195,8 +195,8 @@ def refuse_key(path):
 def read_yaml(path):
     """The mapping in a YAML file, or a UserError that says what is wrong with it."""
     if path.endswith(".pth") or os.path.isdir(path):
-        raise UserError(f"{path} is a {'folder' if os.path.isdir(path) else 'checkpoint'}, but a configuration is needed here: a YAML file, "
-                        "config/demo.yaml say")
+        kind = "folder" if os.path.isdir(path) else "checkpoint"
+        raise UserError(f"{path} is a {kind}, but a configuration is needed here: a YAML file, config/demo.yaml say")
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read()

@@ -335,7 +335,8 @@ def test_a_pipe_gets_one_line_for_each_line_and_nothing_else(path, tmp_path):
 def test_a_pipe_of_a_chinese_windows_is_understood(path):
     said = {}
     for encoding in ("utf-8", "gb18030"):
-        done = subprocess.run([sys.executable, "chat.py", path, "temperature=0"], input="你好\n今天\n".encode(encoding), capture_output=True)
+        command, text = [sys.executable, "chat.py", path, "temperature=0"], "你好\n今天\n".encode(encoding)
+        done = subprocess.run(command, input=text, capture_output=True)
         said[encoding] = done.stdout
         assert done.returncode == 0 and not done.stderr
     assert said["utf-8"] == said["gb18030"]
