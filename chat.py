@@ -210,8 +210,9 @@ def pipe(conversation):
     for line in sys.stdin.buffer:
         try:
             text = line.decode("utf-8-sig").strip()
-        except UnicodeDecodeError:
-            text = line.decode("gb18030", "replace").strip()  # what a Chinese Windows pipes
+        except UnicodeDecodeError as error:
+            damaged = max(line[:error.start], default=0) >= 0xE0  # Chinese in UTF-8, as far as that; else what a Chinese Windows pipes
+            text = line.decode("utf-8-sig" if damaged else "gb18030", "replace").strip()
         if "\ufffd" in text:
             conversation.notice("(this line is not UTF-8: what cannot be read becomes <unk>)")
         if text == "exit":

@@ -37,13 +37,13 @@ SPACE = np.array([chr(point).isspace() for point in range(0x3002)])  # by code p
 
 def read_dialogues(path):
     """Yields each dialogue of a .txt or .jsonl corpus."""
-    for points, begins, ends in read_groups(path):
-        for begin, end in zip(begins, ends):
+    for points, spans in read_groups(path):
+        for begin, end in spans:
             yield text_of(points[begin:end - 1])
 
 
 def read_groups(path, bar=None):
-    """Yields the dialogues of a corpus some at a time: (code points (N,) uint32, where dialogues begin (D,), where they end (D,)).
+    """Yields the dialogues of a corpus some at a time: (code points (N,) uint32, where each dialogue begins and ends (D, 2)).
 
     The last character of a dialogue is a newline, and those between dialogues, at least one after each, are newlines too. Never holds
     more than a block of the file and the dialogue it ends in (JSONL: 1,000 dialogues). `bar` is told of the bytes read.
@@ -85,12 +85,14 @@ def _is_jsonl(path):
     return path.lower().endswith((".jsonl", ".json"))
 
 
-def _read_text(file, _):
+def _read_text(file, path):
     """Blank lines are found in arrays, not line by line: a line costs as much as a hundred characters in an array."""
     tail, size, block = file.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8), BLOCK, b" "
     while block:
         block = file.read(size)
         text, tail = _whole_lines(tail + block, file.tell(), not block)
+        if len(text) >= 1 << 29:  # NumPy has no larger texts
+            raise UserError(f"{path} has no empty line in {len(text):,} characters; put one between dialogues")
         points = code_points(text)
         ends = np.flatnonzero(points == NEWLINE) + 1  # of lines
         begins = np.append(0, ends)[:-1]
@@ -104,7 +106,7 @@ def _read_text(file, _):
         first = np.flatnonzero(~blank & np.append(True, blank[:-1]))  # lines of dialogues
         last = np.flatnonzero(~blank & np.append(blank[1:], True))
         if len(first):
-            yield points[:end], begins[first], ends[last]
+            yield points[:end], np.stack([begins[first], ends[last]], axis=1)
         tail = text[end:].encode() + tail  # its line ends are \n already
 
 
@@ -123,8 +125,8 @@ def _whole_lines(raw, place, last):
 def _read_jsonl(file, path):
     dialogues = _jsonl_dialogues(file, path)
     while group := list(itertools.islice(dialogues, 1000)):
-        ends = np.cumsum([len(dialogue) + 1 for dialogue in group]) - 1
-        yield code_points("\n".join([*group, ""])), np.append(0, ends[:-1] + 1), ends
+        ends = np.cumsum([len(dialogue) for dialogue in group])
+        yield code_points("".join(group)), np.stack([np.append(0, ends[:-1]), ends - 1], axis=1)
 
 
 def _jsonl_dialogues(file, path):
@@ -151,7 +153,7 @@ def _jsonl_dialogues(file, path):
                 utterances.append(text)
             before, gap = role if text else before, not text
         if utterances:
-            yield "\n".join(utterances) + "\n"
+            yield "\n".join(utterances) + "\n\n"
 
 
 def _turn(turn):
@@ -182,14 +184,13 @@ def file_sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fingerprints(points, begins, ends):
+def fingerprints(points, spans):
     """A number for each dialogue that its copies share and others hardly ever do, (D,) uint32: a sum over pairs of characters, so the same
     utterances in another order share it too."""
     pairs = points * points
     pairs[1:] *= points[:-1]  # before a dialogue's first character stands a newline
     pairs[:1] *= NEWLINE
-    gaps = np.append(begins[1:], len(points)) - ends  # each newline there adds the same
-    return np.add.reduceat(pairs, begins, dtype=np.uint32) - (gaps * NEWLINE ** 3).astype(np.uint32)
+    return np.add.reduceat(pairs, spans.ravel(), dtype=np.uint32)[::2]
 
 
 def split_mask(numbers, train_percent, seed):
@@ -296,19 +297,21 @@ def manifest(folder):
 def _write_text(folder, path):
     """Writes the code points of a corpus, its dialogues each closed by END; (their spans (D, 2), their fingerprints (D,), how often each
     code point occurs)."""
-    spans, numbers, counts, place = [], [], np.zeros(0, dtype=np.int64), 0
+    all_spans, numbers, counts, place = [], [], np.zeros(0, dtype=np.int64), 0
     with open(os.path.join(folder, "text.bin"), "wb") as file, tqdm(total=os.path.getsize(path), unit="B", unit_scale=True,
                                                                     desc=f"reading {path}", disable=None) as bar:
-        for points, begins, ends in read_groups(path, bar):
-            spans.append(np.stack([begins, ends], axis=1) + place)
-            numbers.append(fingerprints(points, begins, ends))
-            counts = tokenizer_module.count(points, counts)
-            points[ends - 1] = END
+        for points, spans in read_groups(path, bar):
+            all_spans.append(spans + place)
+            numbers.append(fingerprints(points, spans))
+            some = np.bincount(points, minlength=len(counts))
+            some[:len(counts)] += counts
+            counts = some
+            points[spans[:, 1] - 1] = END
             file.write(points)
             place += len(points)
-    if not spans:
+    if not place:
         raise UserError(f"{path} holds no dialogue")
-    return np.concatenate(spans), np.concatenate(numbers), counts
+    return np.concatenate(all_spans), np.concatenate(numbers), counts
 
 
 def _write_store(folder, path, settings, tokenizer, grow, corpus):
@@ -328,8 +331,10 @@ def _write_store(folder, path, settings, tokenizer, grow, corpus):
     if tokenizer is None and settings.tokenizer == "bpe":
         tokenizer = BPETokenizer.train(texts(spans[training], "making the vocabulary"), settings.vocab_size, settings.min_freq)
     elif tokenizer is None or grow:
-        held_out = points[ranges(spans[~training, 0], lengths[~training] - 1)]
-        made = CharTokenizer.of_counts(counts - np.bincount(held_out, minlength=len(counts)), settings.vocab_size, settings.min_freq)
+        trained = counts.copy()
+        for some in np.array_split(spans[~training], 1 + (~training).sum() // 1000):  # less what is held out
+            trained -= np.bincount(points[ranges(some[:, 0], some[:, 1] - some[:, 0] - 1)], minlength=len(counts))
+        made = CharTokenizer.of_counts(trained, settings.vocab_size, settings.min_freq)
         tokenizer = tokenizer.grown(made, settings.vocab_size) if grow else made
         if tokenizer.size == len(tokenizer_module.SPECIALS):
             raise UserError(f"min_freq={settings.min_freq} leaves no character of {path}; lower it (1 keeps all)")

@@ -132,7 +132,7 @@ def fetch_weights(address, temporary, timeout):
 def check_dialogues(path):
     """The published corpus has 500,001 dialogues."""
     try:
-        dialogues = sum(len(ends) for _, _, ends in data.read_groups(path))
+        dialogues = sum(len(spans) for _, spans in data.read_groups(path))
     except UserError as error:
         if isinstance(error.__context__, OSError):  # the disk's fault, not the file's
             raise

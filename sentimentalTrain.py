@@ -53,7 +53,8 @@ def start(processes):
     given.add_argument("--predict-text", metavar="TEXT", help="label and probability of this one review")
     options = parser.parse_intermixed_args()
     predicting = options.predict is not None or options.predict_text is not None
-    paths = [path for word in options.config if "=" not in word for path in sorted(glob.glob(word)) or [word]]  # Windows expands no *
+    words = [word for word in options.config if "=" not in word]
+    paths = [path for word in words for path in ([] if os.path.exists(word) else sorted(glob.glob(word))) or [word]]  # Windows expands no *
     if predicting:
         paths = [os.path.join(path, "best.pth") if os.path.isdir(path) else path for path in paths]
     over = settings_module.overrides(word for word in options.config if "=" in word)

@@ -203,9 +203,10 @@ def read_yaml(path):
         values = yaml.safe_load(text)
     except FileNotFoundError:
         refuse_key(path)
-        folder = os.path.dirname(path) or "config"
-        files = ", ".join(sorted(glob.glob("*.y*ml", root_dir=folder)))
-        raise UserError(f"{path} does not exist" + (f"; in {folder} there are {files}" if files else ""))
+        for folder in (os.path.dirname(path) or ".", "config"):
+            if files := sorted(glob.glob("*.y*ml", root_dir=folder)):
+                raise UserError(f"{path} does not exist; in {folder} there are {', '.join(files)}")
+        raise UserError(f"{path} does not exist")
     except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:  # not all that it raises is a YAMLError
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}")
     if not isinstance(values, (dict, types.NoneType)):

@@ -6,7 +6,6 @@ its utterances joined by newlines. `<pad>` ends a dialogue. Neither can be typed
 
 import codecs
 import concurrent.futures
-import functools
 import json
 import re
 import threading
@@ -28,13 +27,6 @@ def code_points(text):
 def text_of(points):
     """The text of an array of code points."""
     return points.tobytes().decode("utf-32-le", "surrogatepass")
-
-
-def count(points, counts):
-    """How often each code point occurs in an array of them, with `counts`, those of earlier ones, added: up to the highest met, int64."""
-    more = np.bincount(points, minlength=len(counts))
-    more[:len(counts)] += counts
-    return more
 
 
 def _in_words(character):
@@ -107,12 +99,11 @@ class CharTokenizer(Tokenizer):
     @classmethod
     def train(cls, texts, vocab_size=None, min_freq=1):
         """From an iterable of texts."""
-        return cls.of_counts(functools.reduce(lambda counts, text: count(code_points(text), counts), texts, np.zeros(0, dtype=np.int64)),
-                             vocab_size, min_freq)
+        return cls.of_counts(np.bincount(code_points("".join(texts))), vocab_size, min_freq)
 
     @classmethod
     def of_counts(cls, counts, vocab_size=None, min_freq=1):
-        """From how often each code point occurs: characters by falling frequency, ties by code point."""
+        """From how often each code point occurs, up to the highest that does: characters by falling frequency, ties by code point."""
         counts[ord("\n"):ord("\n") + 1] = 0  # a slice: the array may be shorter
         found = np.flatnonzero(counts >= max(1, min_freq))
         order = found[np.argsort(-counts[found], kind="stable")]
@@ -216,8 +207,3 @@ def load(path):
         raise UserError(f"tokenizer={path} is neither char, bpe nor a file that can be read")
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"tokenizer={path} is not a tokenizer that this program wrote ({error!r})")
-
-
-def train(kind, texts, vocab_size=None, min_freq=1):
-    """A new `char` or `bpe` tokenizer from an iterable of texts."""
-    return {"char": CharTokenizer, "bpe": BPETokenizer}[kind].train(texts, vocab_size, min_freq)

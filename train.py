@@ -48,7 +48,7 @@ def train(settings, runtime, dry_run, begin):
         runtime.processes.claim(settings.checkpoint_root)
     path, saved = find_checkpoint(settings, runtime, rename=not dry_run)
     tokenizer = checkpoint.unpack(saved, path)[1] if saved else None
-    if saved and (size := GPTConfig(**saved["config"]).block_size) != settings.block_size:
+    if saved and (size := saved["config"]["block_size"]) != settings.block_size:
         raise UserError(f"{path} has block_size={size}, not {settings.block_size}: give block_size={size}")
     settings = keep_split(settings, runtime, path, saved, tokenizer)
     before = saved and saved["progress"].get("store")  # a classifier's has none, nor has the original's
@@ -218,8 +218,8 @@ def find_checkpoint(settings, runtime, rename):
 
 
 def keep_split(settings, runtime, path, saved, tokenizer):
-    """The settings, but with the checkpoint's train_percent and seed where it goes on: another split would train on what was held out
-    before, and measure on what was trained on. Of another corpus, which may hold the one before, more may be trained on."""
+    """The settings, but with the checkpoint's train_percent and seed where it goes on with its corpus: another split would train
+    on what was held out before, and measure on what was trained on. Where it goes on with another one, a line warns of that."""
     if not saved or saved["progress"].get("store") is None:
         return settings
     split = {name: saved["settings"][name] for name in ("train_percent", "seed")}
@@ -227,10 +227,12 @@ def keep_split(settings, runtime, path, saved, tokenizer):
     if kept == settings:
         return settings
     if runtime.processes.once(lambda: data.identity(data.corpus_of(kept), tokenizer)) != saved["progress"]["store"]:
-        percent = settings.train_percent
-        kept = dataclasses.replace(kept, train_percent=max(percent, kept.train_percent) if kept.train_percent < 1 else percent)
-    for name in split:
-        if (value := getattr(kept, name)) != getattr(settings, name):
+        if kept.seed != settings.seed or kept.train_percent > settings.train_percent:
+            runtime.say(f"if {settings.data_path} holds what {path} was trained on, part of that is held out now, and the validation loss "
+                        f"too low: give seed={kept.seed} train_percent={kept.train_percent}, as there")
+        return settings
+    for name, value in split.items():
+        if value != getattr(settings, name):
             runtime.say(f"{name}={value}, as in {path}, not {getattr(settings, name)}: the same dialogues stay held out")
     return kept
 
@@ -365,9 +367,9 @@ def sample_prompts(held_out, tokenizer, block_size):
 
 
 def sample_replies(model, prompts, tokenizer, runtime):
-    """[(prompt, reply)] at temperature 0.8, from a generator of its own."""
+    """Yields (prompt, reply) at temperature 0.8, from a generator of its own."""
     if not prompts:
-        return []
+        return
     generator = torch.Generator(runtime.device).manual_seed(0)
     sampling = Sampling(temperature=0.8, top_p=0.9, max_new_tokens=30, banned=tokenizer.banned(model.config.vocab_size))
     ids = [tokenizer.encode(prompt).tolist() + [tokenizer_module.SEP] for prompt in prompts]
@@ -376,7 +378,7 @@ def sample_replies(model, prompts, tokenizer, runtime):
         steps = list(generate(model, ids, sampling, (tokenizer_module.SEP, tokenizer_module.PAD), generator=generator))
     model.train()
     replies = torch.stack(steps, dim=1).tolist()
-    return [(prompt, tokenizer.decode(i for i in reply if i > tokenizer_module.PAD)) for prompt, reply in zip(prompts, replies)]
+    yield from ((prompt, tokenizer.decode(i for i in reply if i > tokenizer_module.PAD)) for prompt, reply in zip(prompts, replies))
 
 
 def tell_evaluation(bar, writer, metrics, mean_loss, minutes, replies):
@@ -390,9 +392,11 @@ def tell_evaluation(bar, writer, metrics, mean_loss, minutes, replies):
             writer.add_scalar(name, value, step)
     else:
         bar.write(f"step {step}, {minutes:.1f} min: nothing is held out (train_percent=1), so nothing measured")
+    told = []
     for prompt, reply in replies:
         bar.write(f"    {prompt}  →  {reply}")
-    writer.add_text("replies", "  \n".join(f"{prompt} → {reply}" for prompt, reply in replies), step)
+        told.append(f"{prompt} → {reply}")
+    writer.add_text("replies", "  \n".join(told), step)
     writer.flush()
 
 

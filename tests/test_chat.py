@@ -342,6 +342,15 @@ def test_a_pipe_of_a_chinese_windows_is_understood(path):
     assert said["utf-8"] == said["gb18030"]
 
 
+def test_a_damaged_line_of_a_pipe_keeps_what_can_be_read_and_is_told(path):
+    replies = []
+    for line in ("你好\n".encode() + b"\xe4\xbd", "你好\n\ufffd".encode()):
+        done = subprocess.run([sys.executable, "chat.py", path, "temperature=0"], input=line, capture_output=True, text=False)
+        replies.append(done.stdout)
+        assert done.returncode == 0
+    assert b"this line is not UTF-8" in done.stderr and replies[0] == replies[1]
+
+
 def test_a_pipe_answers_each_line_before_the_next_one_comes(path):
     with subprocess.Popen([sys.executable, "chat.py", path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8") as process:
         for _ in range(3):

@@ -436,7 +436,7 @@ def test_a_store_that_is_not_whole_is_made_again(tmp_path, damage, way):
     assert data.prepare(settings) == folder and open(os.path.join(folder, damage), "rb").read() == whole
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "null", "{}", '{"sizes": []}', '{"sizes": {"ids.bin": 1}}'])
+@pytest.mark.parametrize("content", ["{", "[]", "null", "{}", '{"sizes": []}', '{"sizes": {"text.bin": 1}}'])
 def test_a_manifest_of_another_form_is_none(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
     assert data.manifest(tmp_path) is None

@@ -11,12 +11,11 @@ import xllamacpp
 
 import checkpoint
 import export
-import tokenizer
 from chat import Conversation
 from model import GPT, GPTConfig, Sampling, extended, generate
 from runs import write_corpus
 from settings import ChatSettings, UserError
-from tokenizer import PAD, SEP
+from tokenizer import PAD, SEP, BPETokenizer, CharTokenizer
 
 TEXT = "abc 你好，<sep>\nj😀 ij\n\tgef"
 
@@ -26,7 +25,7 @@ def write_checkpoint(folder, kind, **shape):
     corpus = os.path.join(folder, "corpus.txt")
     write_corpus(corpus)
     with open(corpus) as file:
-        ours = tokenizer.train(kind, [file.read()], 300 if kind == "bpe" else None)
+        ours = BPETokenizer.train([file.read()], 300) if kind == "bpe" else CharTokenizer.train([file.read()])
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=ours.size, block_size=48, n_layer=2, n_head=4, n_embd=64, **shape))
     with torch.no_grad():
@@ -199,7 +198,7 @@ def test_a_full_disk_leaves_nothing_of_an_export_and_one_line(tmp_path, name):
 
 
 def test_bpe_without_merges_which_llama_cpp_refuses_is_said_and_nothing_written(tmp_path):
-    ours = tokenizer.train("bpe", ["a"], 259)
+    ours = BPETokenizer.train(["a"], 259)
     model = GPT(GPTConfig(vocab_size=ours.size, arch="modern", n_layer=1, n_head=1, n_embd=8))
     path = str(tmp_path / "bytes.pth")
     checkpoint.write(path, checkpoint.describe(model, ours) | dict(settings={}, metrics={}, progress={}))

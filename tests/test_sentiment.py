@@ -448,7 +448,7 @@ def test_the_samples_of_a_run_that_starts_from_a_classifier_are_text(config, tmp
     run(monkeypatch, config, "max_epoch=1")
     model, tokenizer, _ = checkpoint.load_model(str(tmp_path / "out" / "best.pth"))
     runtime = rt.Runtime(torch.device("cpu"), torch.float32, rt.Processes())
-    assert len(train.sample_replies(model, ["好"] * 100, tokenizer, runtime)) == 100
+    assert len(list(train.sample_replies(model, ["好"] * 100, tokenizer, runtime))) == 100
 
 
 def test_configurations_that_ask_for_different_machines_are_refused(config, tmp_path, monkeypatch):
@@ -511,12 +511,14 @@ def test_a_base_in_checkpoint_root_is_refused_and_stays(config, tmp_path, monkey
 def test_several_configurations_end_in_one_table_and_a_picture(config, tmp_path, monkeypatch, capsys):
     other = tmp_path / "other.yaml"
     other.write_text(open(config).read().replace("/out", "/second") + "frozen: True\nuse_mask: False\n")
-    run(monkeypatch, str(tmp_path / "[to][ti]*.yaml"), "seeds=[1,2]", "max_epoch=1", "--table", str(tmp_path / "made" / "table"))
+    os.rename(other, other := tmp_path / "other[t].yaml")
+    (tmp_path / "othert.yaml").write_text("a name that the one before would mean as a pattern")
+    run(monkeypatch, str(other), str(tmp_path / "t*y.yaml"), "seeds=[1,2]", "max_epoch=1", "--table", str(tmp_path / "made" / "table"))
     text = (tmp_path / "made" / "table.md").read_text()
     assert text in capsys.readouterr().out
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     assert lines[0][:4] == ["configuration", "mask", "frozen", "accuracy"]
-    assert lines[2][:3] == ["other", "no", "yes"] and lines[3][:3] == ["tiny", "yes", "no"]
+    assert lines[2][:3] == ["other[t]", "no", "yes"] and lines[3][:3] == ["tiny", "yes", "no"]
     assert "±" in lines[3][3]
     assert (tmp_path / "made" / "table.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     told = metrics(tmp_path / "out")

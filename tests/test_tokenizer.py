@@ -6,32 +6,33 @@ from hypothesis import strategies as st
 
 import tokenizer
 from settings import UserError
-from tokenizer import PAD, SEP, UNK, CharTokenizer
+from tokenizer import PAD, SEP, UNK, BPETokenizer, CharTokenizer
 
 SAMPLE = "你好呀\n今天天气怎么样？\n很好，出去走走吧 hello 123\n"
 TEXT = SAMPLE * 30 + "很少的字：龘"
+KINDS = {"char": CharTokenizer, "bpe": BPETokenizer}
 
 
 @pytest.fixture(scope="module")
 def bpe():
-    return tokenizer.train("bpe", [TEXT], vocab_size=400)
+    return BPETokenizer.train([TEXT], vocab_size=400)
 
 
 def test_vocabulary_is_by_falling_frequency_and_ties_by_code_point():
-    made = tokenizer.train("char", ["ba\nab", "ccc\nd"])
+    made = CharTokenizer.train(["ba\nab", "ccc\nd"])
     assert made.vocabulary == "cabd"
     assert made.encode("cb\nx").tolist() == [3, 5, SEP, UNK]
 
 
 def test_rare_characters_and_a_bounded_vocabulary_become_unk():
-    assert tokenizer.train("char", ["aaabbc"], min_freq=2).encode("abc").tolist() == [3, 4, UNK]
-    small = tokenizer.train("char", ["aaabbc"], vocab_size=4)
+    assert CharTokenizer.train(["aaabbc"], min_freq=2).encode("abc").tolist() == [3, 4, UNK]
+    small = CharTokenizer.train(["aaabbc"], vocab_size=4)
     assert small.size == 4 and small.encode("abc").tolist() == [3, UNK, UNK]
 
 
 @given(st.text(alphabet=sorted(set(TEXT)) + ["\n"]))
 def test_characters_decode_to_what_was_encoded(text):
-    made = tokenizer.train("char", [TEXT])
+    made = CharTokenizer.train([TEXT])
     assert made.decode(made.encode(text).tolist()) == text
 
 
@@ -53,14 +54,14 @@ def test_streamed_bpe_never_shows_half_a_character(bpe, text):
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 def test_a_special_token_cannot_be_typed(kind):
-    made = tokenizer.train(kind, ["<sep><pad><unk>" + TEXT], vocab_size=400)
+    made = KINDS[kind].train(["<sep><pad><unk>" + TEXT], vocab_size=400)
     ids = made.encode("<sep><pad><unk>").tolist()
     assert not {UNK, SEP, PAD} & set(ids) and made.decode(ids) == "<sep><pad><unk>"
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 def test_saved_tokenizers_are_the_same_again(kind, tmp_path):
-    made = tokenizer.train(kind, [TEXT], vocab_size=400)
+    made = KINDS[kind].train([TEXT], vocab_size=400)
     made.save(tmp_path / "t.json")
     again = tokenizer.load(tmp_path / "t.json")
     assert again.encode(TEXT).tolist() == made.encode(TEXT).tolist() and again.size == made.size
@@ -68,12 +69,12 @@ def test_saved_tokenizers_are_the_same_again(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 def test_characters_of_tokens_add_up_to_the_length_of_the_text(kind):
-    made = tokenizer.train(kind, [TEXT], vocab_size=400)
+    made = KINDS[kind].train([TEXT], vocab_size=400)
     assert made.characters[made.encode(TEXT)].sum() == len(TEXT)
 
 
 def test_characters_are_encoded_at_20_million_a_second_at_least():
-    made = tokenizer.train("char", [TEXT])
+    made = CharTokenizer.train([TEXT])
     text = SAMPLE * 100_000
     made.encode(text)
     times = []
@@ -91,6 +92,6 @@ def test_what_is_no_tokenizer_is_refused(tmp_path):
         with pytest.raises(UserError, match="tokenizer="):
             tokenizer.load(path)
     with pytest.raises(UserError, match="vocab_size=100"):
-        tokenizer.train("bpe", [TEXT], vocab_size=100)
+        BPETokenizer.train([TEXT], vocab_size=100)
     with pytest.raises(ValueError, match="twice"):
         CharTokenizer("aa")

@@ -440,15 +440,15 @@ def test_going_on_keeps_the_dialogues_that_are_held_out(trained):
     assert runs.checkpoint(folder)["progress"]["step"] == 6
 
 
-@pytest.mark.parametrize(("before", "now", "kept"), [(0.8, 0.5, 0.8), (0.8, 0.9, 0.9), (1.0, 0.8, 0.8)])
-def test_going_on_with_more_text_trains_on_no_less_of_it_and_by_the_same_seed(trained, tmp_path, before, now, kept):
-    """Else dialogues that were trained on would be held out, with a loss that looks excellent."""
-    _, _, folder = trained(max_steps=1, seed=3, train_percent=before)
+@pytest.mark.parametrize(("seed", "share", "warned"), [(3, 0.8, False), (3, 0.9, False), (3, 0.5, True), (4, 0.8, True)])
+def test_going_on_with_more_text_and_another_split_is_warned_of(trained, tmp_path, seed, share, warned):
+    """Dialogues that were trained on are held out then, with a loss that looks excellent."""
+    _, _, folder = trained(max_steps=1, seed=3, train_percent=0.8)
     (tmp_path / "more.txt").write_text((tmp_path / "corpus.txt").read_text() + "\n\n新\n好")
-    status, output, _ = trained(data_path=str(tmp_path / "more.txt"), max_steps=1, train_percent=now, resume_from="auto")
-    assert status == 0 and "seed=3, as in" in output and (f"train_percent={kept}, as in" in output) == (kept != now)
+    status, output, _ = trained(data_path=str(tmp_path / "more.txt"), max_steps=1, seed=seed, train_percent=share, resume_from="auto")
+    assert status == 0 and ("give seed=3 train_percent=0.8, as there" in output) == warned
     used = runs.checkpoint(folder)["settings"]
-    assert (used["seed"], used["train_percent"]) == (3, kept)
+    assert (used["seed"], used["train_percent"]) == (seed, share)
 
 
 def test_a_block_size_that_is_not_the_checkpoints_is_refused_before_the_data_is_prepared(trained, tmp_path):
