@@ -510,12 +510,12 @@ class Epoch:
     def _tokens(self, pieces):
         """(inputs, targets) of the positions of a slice of pieces."""
         starts, lengths, joints = self.starts[pieces], self.lengths[pieces], np.flatnonzero(self.joined[pieces])
-        source = ranges(starts, lengths)
-        following, joint = source + 1, np.cumsum(lengths)[joints] - 1
-        following[joint] = starts[joints + 1]
-        inputs = np.array(self.documents.ids[source])
+        place, joint = ranges(starts, lengths), np.cumsum(lengths)[joints] - 1
+        inputs = np.array(self.documents.ids[place])
         inputs[joint] = SEP  # where the dialogue's <pad> stands
-        return inputs, self.documents.ids[following]
+        place += 1
+        place[joint] = starts[joints + 1]
+        return inputs, self.documents.ids[place]
 
     def bigrams(self, most=1 << 22):
         """Which token follows which, and how often, in about `most` positions, sorted: (first (N,), second (N,), count (N,))."""
