@@ -531,7 +531,8 @@ def main():
         return download.main(sys.argv[2:])
     arguments = settings_module.parser(
         TrainSettings, "python data.py prepare CONFIG [key=value …]\n       python data.py download chat|sentiment|pretrained|all")
-    arguments.description = "Make the token store of a configuration's corpus, which train.py does by itself, or fetch published files."
+    arguments.description = ("Make the token store of a configuration's corpus, which train.py does by itself, or\n"
+                             "fetch published files: python data.py download --help.")
     arguments.add_argument("command", choices=["prepare", "download"])
     arguments.add_argument("config", help="YAML file")
     arguments.add_argument("override", nargs="*", default=[], help="key=value")

@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.distributed as dist
 
 
 class BlockMuon(torch.optim.Muon):
@@ -10,15 +11,18 @@ class BlockMuon(torch.optim.Muon):
 
     `blocks` of a parameter group has for each matrix the size of its blocks and the side (0 or 1) that they divide. A block
     as large as the side is torch.optim.Muon; an update has that one's norm in any case. `dtype` is the arithmetic of the
-    orthogonalisation: bfloat16 as there, or float32, where runs are to agree to float32's precision.
+    orthogonalisation: bfloat16 as there, or float32, where runs are to agree to float32's precision. The processes of
+    `process_group`, whose gradients are the same, orthogonalise a share of the matrices each and exchange them.
     """
 
-    def __init__(self, params, dtype, **options):
+    def __init__(self, params, dtype, process_group=None, **options):
         super().__init__(params, **options)
-        self.dtype = dtype
+        self.dtype, self.process_group = dtype, process_group
 
     @torch.no_grad()
     def step(self):
+        processes = self.process_group
+        rank, world = (dist.get_rank(processes), dist.get_world_size(processes)) if processes else (0, 1)
         for group in self.param_groups:
             alike = {}
             for parameter, block in zip(group["params"], group["blocks"]):
@@ -32,15 +36,20 @@ class BlockMuon(torch.optim.Muon):
                 # On a CPU one matrix after the other, which stays in its cache meanwhile.
                 together = 1 if parameters[0].device.type == "cpu" else len(parameters)
                 parts = [slice(i, i + together) for i in range(0, len(parameters), together)]
-                updates = torch.empty(len(parameters), *shape, dtype=self.dtype, device=parameters[0].device)  # (N, A, B)
+                share = -(-len(parameters) // world)  # of each process; the last may have less to do
+                updates = torch.empty(share * world, *shape, dtype=self.dtype, device=parameters[0].device)  # (N, A, B)
                 for part in parts:
                     torch._foreach_lerp_(momentum[part], gradients[part], 1 - group["momentum"])
                     torch._foreach_copy_(updates[part].unbind(), torch._foreach_lerp(gradients[part], momentum[part], group["momentum"]))
-                updates = updates.mT if side else updates
-                blocks = updates.reshape(-1, size, shape[1 - side])
-                blocks = orthogonalise(blocks, group["ns_coefficients"], group["ns_steps"], group["eps"])
-                updates = blocks.reshape(updates.shape)
-                updates = (updates.mT if side else updates).to(parameters[0].dtype, memory_format=torch.contiguous_format).contiguous()
+                own = updates[rank * share:(rank + 1) * share]
+                own = own.mT if side else own
+                blocks = orthogonalise(own.reshape(-1, size, shape[1 - side]), group["ns_coefficients"], group["ns_steps"], group["eps"])
+                own = blocks.reshape(own.shape)
+                own = own.mT if side else own
+                if processes:
+                    dist.all_gather(list(updates.split(share)), own.contiguous(), group=processes)
+                    own = updates
+                updates = own.to(parameters[0].dtype, memory_format=torch.contiguous_format).contiguous()
                 # torch.optim.Muon's update has the norm sqrt(rows).
                 scale = math.sqrt(shape[0] * size / (shape[side] * min(size, shape[1 - side])))
                 for part in parts:
@@ -74,10 +83,11 @@ def orthogonalise(matrices, coefficients, steps, eps):
     return x.mT if tall else x
 
 
-def make_optimizers(model, settings, dtype):
+def make_optimizers(model, settings, dtype, process_group=None):
     """The optimizers of `model`: AdamW on everything, or Muon on the blocks' matrices and AdamW on the rest.
 
-    `dtype` is that of the model's matrix products: Muon computes in bfloat16 where they do, else in float32.
+    `dtype` is that of the model's matrix products: Muon computes in bfloat16 where they do, else in float32. `process_group`: see
+    BlockMuon.
 
     Each group keeps its peak learning rate as "peak"; frozen parameters are left out.
     """
@@ -92,7 +102,8 @@ def make_optimizers(model, settings, dtype):
     head_size = getattr(model, "gpt", model).config.head_size  # a classifier has its GPT inside
     blocks = [muon_block(name, matrix, head_size) for name, matrix in matrices.items()]
     muon = BlockMuon([dict(params=list(matrices.values()), blocks=blocks, peak=settings.muon_lr)], lr=settings.muon_lr,
-                     weight_decay=settings.weight_decay, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+                     weight_decay=settings.weight_decay, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
+                     process_group=process_group)
     return [muon, adamw]
 
 

@@ -169,6 +169,7 @@ class Runtime:
     device: torch.device
     dtype: torch.dtype  # of matrix products
     processes: Processes
+    neighbours: "dist.ProcessGroup | None" = None  # the processes of this machine, if there are several, who exchange fast
 
     @property
     def rank(self):
@@ -211,11 +212,23 @@ def start(settings, processes=None):
         cores = len(os.sched_getaffinity(0)) if affinity else os.cpu_count()
         if affinity or processes.local_world > 1:
             torch.set_num_threads(max(1, cores // processes.local_world))
+    group = None
     if processes.store is not None:
         processes.meet()  # a process without its device must not leave the others waiting in the next line
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=processes.rank,
                                 world_size=processes.world, store=dist.PrefixStore("group", processes.store))
-    return Runtime(device, pick_dtype(settings.dtype, device, processes), processes)
+        group = neighbours(processes)
+    return Runtime(device, pick_dtype(settings.dtype, device, processes), processes, group)
+
+
+def neighbours(processes):
+    """The group of the processes of this machine; None where there is one, or machines have different numbers of them."""
+    numbers = torch.zeros(processes.world)
+    numbers[processes.rank] = processes.local_world
+    dist.all_reduce(numbers)
+    if processes.local_world == 1 or (numbers != processes.local_world).any():
+        return None
+    return dist.group.WORLD if processes.local_world == processes.world else dist.new_subgroups(processes.local_world)[0]
 
 
 def threads_are_set(processes):

@@ -208,7 +208,7 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
         checkpoint.make_folder(folder, f"checkpoint_root={settings.checkpoint_root}")
     linear = Ngrams.train([uncut[i] for i in training], labels[training], len(names), settings.ngrams) if settings.ngrams else None
     decay = 0.0 if settings.frozen else settings.weight_decay
-    optimizers = make_optimizers(classifier, dataclasses.replace(settings, weight_decay=decay), runtime.dtype)
+    optimizers = make_optimizers(classifier, dataclasses.replace(settings, weight_decay=decay), runtime.dtype, runtime.neighbours)
     scaler = torch.amp.GradScaler(device.type, enabled=runtime.dtype == torch.float16)
     distributed = rt.distribute(runtime, classifier)
     name = os.path.relpath(folder, os.path.dirname(os.path.abspath(settings.checkpoint_root)))  # with the run's, if there are several

@@ -12,6 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 import types
 import typing
 
@@ -46,7 +47,7 @@ class Common:
     data_path: str | None = key(None, "corpus: .txt (an utterance a line, an empty line between dialogues) or .jsonl; chat.py, "
                                      "sentimentalTrain.py: that of a checkpoint of the original")
     checkpoint_root: str = key("checkpoints", "folder of checkpoints: train.py and sentimentalTrain.py write there, chat.py reads")
-    resume_from: str | None = key(None, "train.py, chat.py: checkpoint to start from; auto: the newest (chat: the best) in "
+    resume_from: str | None = key(None, "train.py, chat.py: checkpoint to start from; auto (chat: empty too): the newest (chat: the best) in "
                                          "checkpoint_root, if there is one")
 
 
@@ -273,7 +274,8 @@ def parser(script, usage):
     for field in dataclasses.fields(script):
         default = "-" if field.default is None else field.default
         choices = f" [{', '.join(field.metadata['choices'])}]" if field.metadata["choices"] else ""
-        lines.append(f"  {field.name:<22}{field.metadata['help']}{choices} (default: {default})")
+        lines += textwrap.wrap(f"{field.metadata['help']}{choices} (default: {default})", 80, initial_indent=f"  {field.name:<22}",
+                               subsequent_indent=" " * 24)
     return argparse.ArgumentParser(description=script.__doc__, usage=usage, epilog="\n".join(lines),
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
 

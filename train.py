@@ -79,7 +79,7 @@ def train(settings, runtime, dry_run, begin):
     model.to(device).train()
     model.checkpointing = settings.checkpointing
     micro_batch = choose_micro_batch(settings, runtime, model, rows)
-    optimizers = make_optimizers(model, settings, runtime.dtype)
+    optimizers = make_optimizers(model, settings, runtime.dtype, runtime.neighbours)
     scaler = torch.amp.GradScaler(device.type, enabled=runtime.dtype == torch.float16)
     if saved:
         load_optimizers(optimizers, scaler, saved)

@@ -56,7 +56,7 @@ def measure(settings, runtime, steps):
     """Prints a row: steps on random rows, the same without all-reduce, and the all-reduce of as many bytes alone."""
     torch.manual_seed(0)
     model = GPT(GPTConfig.of(settings, VOCABULARY)).to(runtime.device).train()
-    optimizers = make_optimizers(model, settings, runtime.dtype)
+    optimizers = make_optimizers(model, settings, runtime.dtype, runtime.neighbours)
     if settings.compile:
         model.compile_parts()
     distributed = rt.distribute(runtime, model)
@@ -93,21 +93,25 @@ def measure(settings, runtime, steps):
 
 def step_seconds(gradient_bytes, compute, update, gpus, bandwidth):
     """Of a data-parallel step: a ring all-reduce (Patarasuk and Yuan 2009) behind the backward pass, two thirds of `compute`,
-    then the optimizer's `update`, which every GPU does in full."""
+    then the optimizer's `update`."""
     travel = 2 * (gpus - 1) / gpus * gradient_bytes / bandwidth + 2 * (gpus - 1) * LATENCY
     return compute + max(travel - OVERLAP * compute * 2 / 3, travel * (1 - OVERLAP)) + update
 
 
-def update_seconds(model, settings):
+def update_seconds(model, settings, neighbours):
     """Of Muon: five Newton-Schulz iterations of three products each, which pass over the update six times in bfloat16, and some
-    fourteen passes in float32 over gradient, momentum, update and weight. AdamW's few passes over the rest are left out."""
-    operations = passed = 0
+    fourteen passes in float32 over gradient, momentum, update and weight. So many `neighbours` over NVLink do a share each of the
+    iterations and gather the rest, in bfloat16. AdamW's few passes over the other weights are left out."""
+    operations = iterated = passed = gathered = 0
     for name, matrix in model.named_parameters():
         if matrix.dim() == 2 and "blocks." in name and settings.optimizer == "muon":
             size, side = muon_block(name, matrix, model.config.head_size)
             operations += matrix.shape[side] // size * 5 * (4 * size ** 2 * matrix.shape[1 - side] + 2 * size ** 3)
-            passed += matrix.numel() * (5 * 6 * 2 + 14 * 4)
-    return operations / (GPU * MFU) + passed / MEMORY
+            iterated += matrix.numel() * 5 * 6 * 2
+            passed += matrix.numel() * 14 * 4
+            gathered += matrix.numel() * 2
+    return ((operations / (GPU * MFU) + iterated / MEMORY) / neighbours + passed / MEMORY
+            + gathered * (neighbours - 1) / neighbours / LINKS["NVLink"])
 
 
 def predict(config, settings):
@@ -116,15 +120,16 @@ def predict(config, settings):
         model = GPT(GPTConfig.of(settings, VOCABULARY))
     gradient_bytes = 4 * model.count_parameters()
     second_per_row = settings.block_size * model.flops_per_token() / (GPU * MFU)
-    update = update_seconds(model, settings)
+    update_alone = update_seconds(model, settings, 1)
     print(f"\n{config}: {gradient_bytes / 1e6:.0f} MB of gradients a step, {1e3 * second_per_row:.2f} ms of work a row, "
-          f"{1e3 * update:.1f} ms of optimizer a step\n")
+          f"{1e3 * update_alone:.1f} ms of optimizer a step, {1e3 * update_seconds(model, settings, 8):.1f} on eight GPUs of a machine\n")
     print("| link | GPUs | train_batch as it is: rows a GPU | speed-up | rows a GPU to spend 90 % on them | train_batch then |\n"
           "|---|---|---|---|---|---|")
     for link, bandwidth in LINKS.items():
         for gpus in (2, 8, 16):
             rows = settings.train_batch / gpus
-            alone = settings.train_batch * second_per_row + update
+            alone = settings.train_batch * second_per_row + update_alone
+            update = update_seconds(model, settings, gpus) if link == "NVLink" else update_alone  # else a GPU a machine
             speed_up = alone / step_seconds(gradient_bytes, rows * second_per_row, update, gpus, bandwidth)
             enough = next(n for n in range(1, 10 ** 6) if n * second_per_row >= 0.9 * step_seconds(
                 gradient_bytes, n * second_per_row, update, gpus, bandwidth))

@@ -303,6 +303,47 @@ def test_gradients_are_summed_over_processes_once_a_step_however_many_micro_batc
     assert counts[0] == counts[1] and counts[0] != {"0"}
 
 
+SHARED = """
+import torch
+import optim, runtime
+from settings import TrainSettings, build
+counted = 0
+def orthogonalise(matrices, *arguments, plain=optim.orthogonalise):
+    global counted
+    counted += len(matrices)
+    return plain(matrices, *arguments)
+optim.orthogonalise = orthogonalise
+with runtime.Processes() as processes:
+    group = runtime.start(build(TrainSettings, dict(device="cpu")), processes).neighbours
+    trained = []
+    for process_group in (None, group):
+        counted = 0
+        torch.manual_seed(0)
+        matrices = [torch.nn.Parameter(torch.randn(shape)) for shape in [(64, 64)] * 5 + [(64, 128)]]
+        blocks = [(32, number % 2) for number in range(5)] + [(64, 0)]
+        muon = optim.BlockMuon([dict(params=matrices, blocks=blocks)], torch.float32, process_group, lr=0.1)
+        for _ in range(3):
+            for matrix in matrices:
+                matrix.grad = torch.randn_like(matrix)
+            muon.step()
+        trained.append(torch.cat([matrix.flatten() for matrix in matrices]))
+    print(f"machine of {torch.distributed.get_world_size(group)}, {counted} blocks, "
+          f"agrees {torch.allclose(*trained, rtol=0, atol=1e-5)}", flush=True)
+"""
+
+
+@pytest.mark.soak
+def test_the_processes_of_a_machine_share_the_orthogonalisation(tmp_path):
+    script, port = tmp_path / "shared.py", runs.free_port()
+    script.write_text(SHARED)
+    started = [runs.start(str(tmp_path), script=str(script), **runs.THREAD, torchrun=[
+        "--nnodes=2", f"--node_rank={rank}", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}"])
+        for rank in range(2)]
+    outputs = [runs.finish(process)[1] for process in started]
+    # In each step 2 of 3 matrices, 1 of 2 others, each of two blocks, and the last, which is one: 7 of 11.
+    assert [output.count("machine of 2, 21 blocks, agrees True") for output in outputs] == [2, 2], outputs
+
+
 @pytest.mark.soak
 def test_processes_share_the_cores_unless_the_user_says_otherwise(tmp_path):
     config, cores = runs.write_config(str(tmp_path)), len(os.sched_getaffinity(0))
