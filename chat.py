@@ -168,7 +168,7 @@ def main():
     conversation = Conversation(model, tokenizer, settings, lambda line: print(line, file=sys.stderr, flush=True))
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     if options.prompt is not None:
-        answer(conversation, options.prompt)
+        answer(conversation, options.prompt.strip())
     elif sys.stdin.isatty() and sys.stdout.isatty():
         terminal(conversation, path)
     else:
@@ -213,8 +213,8 @@ def pipe(conversation):
         except UnicodeDecodeError as error:
             damaged = max(line[:error.start], default=0) >= 0xE0  # Chinese in UTF-8, as far as that; else what a Chinese Windows pipes
             text = line.decode("utf-8-sig" if damaged else "gb18030", "replace").strip()
-        if "\ufffd" in text:
-            conversation.notice("(this line is not UTF-8: what cannot be read becomes <unk>)")
+            if "\ufffd" in text:
+                conversation.notice("(this line is not UTF-8: what cannot be read becomes <unk>)")
         if text == "exit":
             return
         if text in ("", "flush"):
@@ -301,7 +301,7 @@ def speak(conversation):
 
 def command(conversation, text):
     """Does what a line that begins with / says."""
-    name, rest = (text.strip().split(None, 1) + [""])[:2]  # a full-width space divides too
+    name, rest = (text.split(None, 1) + [""])[:2]  # a full-width space divides too
     if name in ("/retry", "/undo", "/save") and not conversation.utterances:
         raise UserError("nothing was said yet")
     if name in ("/save", "/load") and not rest:
@@ -357,14 +357,14 @@ def utterances(conversation):
 
 
 def save(conversation, path):
-    try:
-        with open(path, "w" if path in conversation.saved else "x", encoding="utf-8") as file:
-            conversation.saved.add(path)
-            file.write(transcript(conversation, path))
-    except FileExistsError:
+    if path not in conversation.saved and os.path.lexists(path):
         raise UserError(f"{path} exists; name a new file")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}")
+    try:
+        with checkpoint.whole(os.path.realpath(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            file.write(transcript(conversation, path))
+    except ValueError as error:
+        raise UserError(f"{path!r} is no name for a file: {error}")
+    conversation.saved.add(path)
     conversation.notice(f"({utterances(conversation)} written to {path})")
 
 

@@ -64,7 +64,6 @@ def save(folder, step, content, keep=2, tell=None):
         if tell and (old := set_aside(folder)):
             tell(f"an earlier run's checkpoints are now in {old}")
 
-    os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"cpt{step}.pth")
     write(path, content, make_room)
     name_also(path, "last.pth")
@@ -79,6 +78,7 @@ def save(folder, step, content, keep=2, tell=None):
 def write(path, content, make_room=lambda: None):
     """Writes `content` as the checkpoint file `path`, which is complete or not there at all. `make_room` is called in between."""
     with whole(path) as temporary:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)  # it may have gone since the run began
         with open(temporary, "wb") as file:
             try:
                 torch.save({"format": FORMAT} | content, file)
@@ -171,10 +171,10 @@ def load(path):
                         "CONFIG), or name another")
     except pickle.UnpicklingError:
         raise Damaged(f"{path} is refused: it is not a checkpoint, is damaged, or would run code when loaded")
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError, struct.error) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError, AssertionError, struct.error) as error:
         passing = isinstance(error, OSError) and error.errno != errno.EINVAL or FULL_MEMORY.search(str(error))  # EINVAL: a cut file
-        reason = f"{path} cannot be read: " if passing else f"{path} is no checkpoint, or damaged: {type(error).__name__}, "
-        raise (UserError if passing else Damaged)(reason + " ".join(str(error).splitlines()[:1]).split(". ")[0])
+        reason = f"{path} cannot be read: " if passing else f"{path} is no checkpoint, or damaged: {type(error).__name__} "
+        raise (UserError if passing else Damaged)((reason + " ".join(str(error).splitlines()[:1]).split(". ")[0]).strip())
 
 
 def read(path, corpus=None):

@@ -46,7 +46,7 @@ def read_groups(path, bar=None):
     """Yields the dialogues of a corpus some at a time: (code points (N,) uint32, where each dialogue begins and ends (D, 2)).
 
     The last character of a dialogue is a newline, and those between dialogues, at least one after each, are newlines too. Never holds
-    more than a block of the file and the dialogue it ends in (JSONL: 1,000 dialogues). `bar` is told of the bytes read.
+    more than a block of the file and the dialogue it ends in. `bar` is told of the bytes read.
     """
     with corpus_errors(path), open(path, "rb") as file:
         for group in (_read_jsonl if _is_jsonl(path) else _read_text)(file, path):
@@ -73,7 +73,7 @@ def corpus_errors(path):
         what, advice, options = "not UTF-8", "save it as UTF-8 in an editor, or convert it", "-f GB18030"
         if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             options = "-f UTF-16"
-        elif max(head[:error.start], default=0) >= 0xE0:  # Chinese characters in UTF-8, as far as that
+        elif max(head[:error.start], default=0) >= 0xE0 or sum(byte >= 0x80 for byte in head[:error.start]) > 32:  # UTF-8, as far as that
             what, advice, options = "damaged", "leave such bytes out", "-c -f UTF-8"
         raise UserError(f"{path} is {what} ({error.reason} at byte {error.start}); {advice}: "
                         f"iconv {options} -t UTF-8 {quoted(path)} > utf8{os.path.splitext(path)[1]}")
@@ -97,7 +97,8 @@ def _read_text(file, path):
         ends = np.flatnonzero(points == NEWLINE) + 1  # of lines
         begins = np.append(0, ends)[:-1]
         blank = ends - begins == 1
-        for line in np.flatnonzero(~blank & SPACE.take(points.take(begins), mode="clip")):  # begins with a space: has it anything else?
+        spaced = SPACE.take(points.take(begins), mode="clip") & SPACE.take(points.take(ends - 2), mode="clip")
+        for line in np.flatnonzero(~blank & spaced):  # begins and ends with a space: has it anything else?
             if SPACE.take(points[begins[line]:ends[line]], mode="clip").all():
                 points[begins[line]:ends[line]], blank[line] = NEWLINE, True
         # Up to the last blank line every dialogue is whole. The rest waits, for a larger block where that is all.
@@ -123,10 +124,13 @@ def _whole_lines(raw, place, last):
 
 
 def _read_jsonl(file, path):
-    dialogues = _jsonl_dialogues(file, path)
-    while group := list(itertools.islice(dialogues, 1000)):
-        ends = np.cumsum([len(dialogue) for dialogue in group])
-        yield code_points("".join(group)), np.stack([np.append(0, ends[:-1]), ends - 1], axis=1)
+    dialogues, ends = [], [0]
+    for dialogue in itertools.chain(_jsonl_dialogues(file, path), [""]):
+        if ends[-1] >= BLOCK or dialogues and not dialogue:
+            yield code_points("".join(dialogues)), np.stack([ends[:-1], np.array(ends[1:]) - 1], axis=1)
+            dialogues, ends = [], [0]
+        dialogues.append(dialogue)
+        ends.append(ends[-1] + len(dialogue))
 
 
 def _jsonl_dialogues(file, path):
@@ -185,8 +189,8 @@ def file_sha256(path):
 
 
 def fingerprints(points, spans):
-    """A number for each dialogue that its copies share and others hardly ever do, (D,) uint32: a sum over pairs of characters, so the same
-    utterances in another order share it too."""
+    """A number for each dialogue that its copies share and others hardly ever do (of digits alone a tenth does), (D,) uint32: a sum over
+    pairs of characters, so the same utterances in another order share it too."""
     pairs = points * points
     pairs[1:] *= points[:-1]  # before a dialogue's first character stands a newline
     pairs[:1] *= NEWLINE
@@ -273,6 +277,8 @@ def corpus_of(settings):
         raise UserError("data_path is not set; name a corpus, for example data_path=data/sample_dialogues.txt")
     if path.lower().endswith((".csv", ".tsv", ".pth", ".yaml", ".yml")):
         raise UserError(f"data_path={path} is no corpus: .txt, an utterance a line and an empty line between dialogues, or .jsonl")
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise UserError(f"data_path={path} is a pipe or device, and a corpus is read twice: save it as a file")
     # Raise format when ids or the split change (older runs can then not be resumed), LAYOUT when only the files do.
     corpus = dict(format=3, corpus=file_sha256(path), train_percent=settings.train_percent, seed=settings.seed)
     return corpus | (dict(reader="jsonl 2") if _is_jsonl(path) else {})
@@ -332,7 +338,7 @@ def _write_store(folder, path, settings, tokenizer, grow, corpus):
         tokenizer = BPETokenizer.train(texts(spans[training], "making the vocabulary"), settings.vocab_size, settings.min_freq)
     elif tokenizer is None or grow:
         trained = counts.copy()
-        for some in np.array_split(spans[~training], 1 + (~training).sum() // 1000):  # less what is held out
+        for some in np.array_split(spans[~training], 1 + lengths[~training].sum() // BLOCK):  # less what is held out
             trained -= np.bincount(points[ranges(some[:, 0], some[:, 1] - some[:, 0] - 1)], minlength=len(counts))
         made = CharTokenizer.of_counts(trained, settings.vocab_size, settings.min_freq)
         tokenizer = tokenizer.grown(made, settings.vocab_size) if grow else made
@@ -344,7 +350,7 @@ def _write_store(folder, path, settings, tokenizer, grow, corpus):
         unknown, sizes = 0, []
         with open(os.path.join(folder, "ids.bin"), "wb") as file:
             end, all_texts = np.array([PAD], tokenizer.dtype), texts(spans, "encoding")
-            while some := list(itertools.islice(all_texts, 1000)):
+            while some := list(itertools.islice(all_texts, 1 + BLOCK * len(spans) // len(points))):
                 for ids in tokenizer.encode_batch(some):
                     file.write(np.append(ids, end))
                     sizes.append(len(ids) + 1)

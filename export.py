@@ -16,6 +16,7 @@ import torch
 
 import checkpoint
 import settings as settings_module
+from data import UNSPOKEN
 from model import GPT, GPTConfig, rms_norm
 from settings import ChatSettings, UserError, quoted
 from tokenizer import PAD, SEP, SPECIALS, UNK, BPETokenizer, CharTokenizer
@@ -25,8 +26,9 @@ QWEN3 = {  # our names in a block: Qwen3's
     "attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm", "attention.out": "self_attn.o_proj",
     "norm2": "post_attention_layernorm", "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.out": "mlp.down_proj"}
 # An utterance a line, the line end is <sep>; what is to be answered is closed by one too.
-CHAT_TEMPLATE = ("{% for message in messages if message['role'] != 'system' %}"
-                 "{{ message['content'].replace('\\r\\n', '\\n').strip('\\n').replace('\\n', ' ') + '\\n' }}{% endfor %}")
+CHAT_TEMPLATE = ("{% for message in messages %}{% set text = message['content'] %}"  # llama.cpp looks whether a system's text is read
+                 f"{{% if text and message['role'] not in {sorted(UNSPOKEN)} %}}"
+                 "{{ text.replace('\\r\\n', '\\n').strip().replace('\\n', ' ') + '\\n' }}{% endif %}{% endfor %}")
 
 
 @torch.no_grad()

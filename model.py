@@ -538,8 +538,7 @@ def _on_device(ids, device):
 
 def adjust(logits, history, sampling):
     """Logits (B, V) with what `sampling` forbids at -inf; `history` (B, n) are the ids of the reply so far."""
-    logits = logits.clone()
-    logits.index_fill_(1, _on_device(sampling.banned, logits.device), -math.inf)
+    logits = logits.index_fill(1, _on_device(sampling.banned, logits.device), -math.inf)
     n, penalty = sampling.no_repeat_ngram, sampling.repetition_penalty
     if penalty != 1:  # Keskar et al. 2019
         seen = logits.gather(1, history)

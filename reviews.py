@@ -31,15 +31,15 @@ def read_text(path, advice=""):
         raise UserError(f"{path} cannot be read: {error.strerror}")
     if content.startswith(b"PK\3\4"):
         raise UserError(f"{path} is an Excel workbook, or another zip archive: save it as CSV in UTF-8")
-    places = []
+    found = []
     for encoding in ["utf-16"] if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else ["utf-8-sig", "gb18030"]:
         try:
             return content.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError as error:
-            places.append(error.start)
+            found.append(f"{encoding.removesuffix('-sig').upper()} (byte {error.start})")
             if encoding == "utf-8-sig" and len(re.findall(b"[\xe0-\xef]", content[3:error.start])) > 3:  # Chinese, as far as that
                 raise UserError(f"{path} is damaged UTF-8 ({error.reason} at byte {error.start}); save it anew as UTF-8")
-    raise UserError(f"{path} is neither UTF-8 (byte {places[0]}) nor GB18030 (byte {places[-1]}); save it as UTF-8")
+    raise UserError(f"{path} is not {' nor '.join(found)}; save it as UTF-8")
 
 
 def read_table(path, columns, advice=""):
@@ -61,7 +61,7 @@ def read_table(path, columns, advice=""):
                 for column in columns if row else []:
                     if column not in names:
                         raise UserError(f"{path} has no column {column!r} but {', '.join(map(repr, names[:5]))}; its first line should "
-                                        "name its columns, with commas between: label,review")
+                                        f"name its columns, with commas between: {','.join(columns)}")
             elif any(field.strip() for field in row[len(names):]):
                 raise csv.Error(f'more fields than the first line names; a text with {delimiter!r} in it must stand in quotes: "…"')
             elif row or len(names) == 1:  # a blank line between rows of several cells is none
@@ -147,7 +147,8 @@ def splits(texts, labels, names, settings):
             for kind, members in wanted:
                 for label, name in enumerate(names):
                     if not (labels[members] == label).any():
-                        raise UserError(f"{title}: the {kind} part has no review of class {name!r} ({(labels == label).sum()} in all); "
+                        different = len({texts[i] for i in np.flatnonzero(labels == label)})
+                        raise UserError(f"{title}: the {kind} part has no review of class {name!r} ({different} different ones in all); "
                                         "add reviews of it, or change train_percent, val_percent, folds or split_path")
             yield title, seed, training, validation, test
 

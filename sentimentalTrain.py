@@ -53,15 +53,17 @@ def start(processes):
     given.add_argument("--predict-text", metavar="TEXT", help="label and probability of this one review")
     options = parser.parse_intermixed_args()
     predicting = options.predict is not None or options.predict_text is not None
-    words = [word for word in options.config if "=" not in word]
+    words = [word for word in options.config if "=" not in word or os.path.exists(word)]  # a folder may be called lr=0.01
     paths = [path for word in words for path in ([] if os.path.exists(word) else sorted(glob.glob(word))) or [word]]  # Windows expands no *
     if predicting:
         paths = [os.path.join(path, "best.pth") if os.path.isdir(path) else path for path in paths]
-    over = settings_module.overrides(word for word in options.config if "=" in word)
+    over = settings_module.overrides(word for word in options.config if word not in words)
     if not paths:
         raise UserError("no configuration is named; config/demoSentimental.yaml is one")
     if options.predict == "-" and processes.world > 1:
         raise UserError("--predict - is for one process: several would each read a part of standard input; name a file")
+    if named := [key for key in ("resume_from", "base_model") if predicting and key in over]:
+        raise UserError(f"{named[0]}={over[named[0]]} is not used in predicting: name the classifier in place of the configuration")
     if predicting and len(paths) > 1:
         raise UserError(f"--predict takes one configuration or checkpoint, not {len(paths)}")
     if not predicting and (models := [path for path in paths if path.endswith(".pth")]):
@@ -88,6 +90,9 @@ def start(processes):
         for settings in several:
             checkpoint.make_folder(settings.checkpoint_root, f"checkpoint_root={settings.checkpoint_root}")
             processes.claim(settings.checkpoint_root)
+            if settings.tensorboard_path:
+                checkpoint.make_folder(settings.tensorboard_path, f"tensorboard_path={settings.tensorboard_path}")
+        options.table += "" if os.path.basename(options.table) else "ablation"
         if len(paths) > 1:
             checkpoint.make_folder(os.path.dirname(options.table) or ".", f"--table {options.table}")
     stopping = None if options.dry_run else rt.StopSignal(processes)  # up to here, and in a dry run, Ctrl-C just ends
@@ -248,7 +253,8 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
             classifier.zero_grad(set_to_none=distributed is None)
             refused = 0 if math.isfinite(norm) else refused + 1
             if refused == 20:
-                raise UserError(f"the gradient has not been finite for {refused} steps at step {step}: lower lr={settings.lr}")
+                raise UserError(f"the gradient has not been finite for {refused} steps at step {step}: lower lr={settings.lr}"
+                                f"{f' or muon_lr={settings.muon_lr}' * (settings.optimizer == 'muon')}")
             seen += len(batch)
             step += 1
             bar.set_postfix_str(f"epoch {epoch + 1}, lr {settings.lr * factor:.1e}", refresh=False)
@@ -446,7 +452,8 @@ def picture(lines, results, path):
               color="#4878a8", capsize=3)
     for place, line in enumerate(lines):
         axes.text(1, place, line[3], va="center", ha="left", color="white")
-    axes.axvline(100 * results[0]["majority"], color="#b04030", linestyle="--", label="always the commonest class")
+    axes.vlines([100 * r["majority"] for r in results], [n - 0.5 for n in range(len(lines))], [n + 0.5 for n in range(len(lines))],
+                color="#b04030", linestyle="--", label="always the commonest class")
     axes.set(xlim=(0, 100), yticks=range(len(lines)), yticklabels=titles, xlabel="test accuracy, %")
     axes.invert_yaxis()
     axes.legend(loc="lower right", fontsize="small")

@@ -47,8 +47,8 @@ class Common:
     data_path: str | None = key(None, "corpus: .txt (an utterance a line, an empty line between dialogues) or .jsonl; chat.py, "
                                      "sentimentalTrain.py: that of a checkpoint of the original")
     checkpoint_root: str = key("checkpoints", "folder of checkpoints: train.py and sentimentalTrain.py write there, chat.py reads")
-    resume_from: str | None = key(None, "train.py, chat.py: checkpoint to start from; auto (chat: empty too): the newest (chat: the best) in "
-                                         "checkpoint_root, if there is one")
+    resume_from: str | None = key(None, "train.py, chat.py: checkpoint to start from; auto (chat: empty too): the newest "
+                                         "(chat: the best) in checkpoint_root, if there is one")
 
 
 @dataclasses.dataclass(frozen=True)

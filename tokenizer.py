@@ -172,7 +172,9 @@ class BPETokenizer(Tokenizer):
 
     def encode_batch(self, texts):
         lines = [text.split("\n") for text in texts]
-        encoded = iter(self.bpe.encode_batch_fast([line for text in lines for line in text], add_special_tokens=False))
+        flat = [line for text in lines for line in text]
+        encoded = (some for begin in range(0, len(flat), 4096)  # an encoding takes a hundred times what its ids do
+                   for some in self.bpe.encode_batch_fast(flat[begin:begin + 4096], add_special_tokens=False))
         joined = []
         for text in lines:
             ids = []

@@ -63,6 +63,7 @@ def train(settings, runtime, dry_run, begin):
     if begun := progress["step"]:
         runtime.say(f"going on from {path} at step {begun}")
     epoch = data.Epoch(documents, settings.block_size, settings.seed, progress["epoch"], settings.chain)
+    progress["row"] = min(progress["row"], len(epoch) - 1)  # another `chain` may need fewer rows
     describe(settings, runtime, model, epoch, held_out, made)
     if settings.patience and not len(held_out.spans):
         runtime.say(f"patience={settings.patience} is not used: nothing is held out")
@@ -88,8 +89,10 @@ def train(settings, runtime, dry_run, begin):
         runtime.processes.claim(settings.checkpoint_root)
     saved_step, saved_path = begun if same_run else -1, path
     metrics = saved["metrics"] if same_run else {}
-    if runtime.main and metrics.get("step") == begun and metrics["loss"] == progress["best"]:
-        checkpoint.name_also(os.path.realpath(path), "best.pth")  # it may have been ended just before
+    if runtime.main and same_run:  # it may have been ended just before
+        checkpoint.name_also(os.path.realpath(path), "last.pth")
+        if metrics.get("step") == begun and metrics["loss"] == progress["best"]:
+            checkpoint.name_also(os.path.realpath(path), "best.pth")
     saved = None  # gives its memory back
     peak = rt.peak_flops(runtime)  # here: the compiler's processes, once started, take the cores for a while
     if settings.compile and device.type == "mps":

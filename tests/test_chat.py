@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import resource
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +17,7 @@ import settings as settings_module
 from chat import Conversation
 from model import GPT, GPTConfig, Sampling, adjust, generate, log_probability
 from quantize import quantize
-from settings import ChatSettings
+from settings import ChatSettings, UserError
 from tokenizer import PAD, SEP, UNK, BPETokenizer, CharTokenizer
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits
@@ -44,6 +46,27 @@ def make(arch="modern", silent=False, block_size=64, notice=lambda line: None, *
 def talk(conversation, text):
     conversation.hear(text)
     return "".join(conversation.reply())
+
+
+def test_a_conversation_that_cannot_be_saved_leaves_the_earlier_file_whole(tmp_path):
+    conversation, path = make(), str(tmp_path / "said.txt")
+    talk(conversation, "你好")
+    chat.save(conversation, path)
+    before = open(path).read()
+    talk(conversation, "今天")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5, limits[1]))  # as on a full disk
+        for name in (path, str(tmp_path / "new.txt")):
+            with pytest.raises(UserError, match="cannot be written: File too large"):
+                chat.save(conversation, name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert os.listdir(tmp_path) == ["said.txt"] and open(path).read() == before
+    with pytest.raises(UserError, match="is no name for a file: embedded null byte"):
+        chat.save(conversation, path + "\0")
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "modern"])
@@ -328,7 +351,7 @@ def test_a_pipe_gets_one_line_for_each_line_and_nothing_else(path, tmp_path):
     config = tmp_path / "chat.yaml"
     config.write_text(f"resume_from: {path}\nn_layer: 26\nn_embd: 960\nn_head: 15\nvocab_size: 7587\ndata_path: none.txt\nlr : 2e-4\n")
     assert run(path, "quantize=int4", "--prompt", "你好").stdout.strip()
-    again = run(config, "seed=5", "max_new_tokens=20", "--prompt", "你好")  # whatever the YAML says of the shape
+    again = run(config, "seed=5", "max_new_tokens=20", "--prompt", " 你好\n")  # whatever the YAML says of the shape
     assert (again.returncode, again.stdout) == (0, lines[0] + "\n")
 
 
@@ -344,11 +367,11 @@ def test_a_pipe_of_a_chinese_windows_is_understood(path):
 
 def test_a_damaged_line_of_a_pipe_keeps_what_can_be_read_and_is_told(path):
     replies = []
-    for line in ("你好\n".encode() + b"\xe4\xbd", "你好\n\ufffd".encode()):
+    for line in ("你好\ufffd".encode(), "你好".encode() + b"\xe4\xbd"):
         done = subprocess.run([sys.executable, "chat.py", path, "temperature=0"], input=line, capture_output=True, text=False)
         replies.append(done.stdout)
-        assert done.returncode == 0
-    assert b"this line is not UTF-8" in done.stderr and replies[0] == replies[1]
+        assert done.returncode == 0 and (b"this line is not UTF-8" in done.stderr) == (len(replies) == 2)
+    assert replies[0] == replies[1]
 
 
 def test_a_pipe_answers_each_line_before_the_next_one_comes(path):

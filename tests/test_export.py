@@ -63,10 +63,10 @@ def test_transformers_computes_and_writes_what_we_do_from_an_exported_folder(tmp
     assert coded == ours.encode(TEXT).tolist()
     assert coder.decode(coded) == ours.decode(coded).replace("\ufffd", "<unk>")
     chat = Conversation(model, ours, ChatSettings(max_new_tokens=8, resume_from=path), print)
-    said = ("system", "x"), ("user", "abc\r\nj\n"), ("assistant", "gef"), ("user", "ij")
+    said = ("system", "x"), ("user", "abc\r\nj\n"), ("assistant", None), ("tool", "x"), ("assistant", "gef"), ("user", " ij")
     turns = [dict(role=role, content=content) for role, content in said]
-    for turn in turns[1:]:
-        chat.hear(turn["content"])
+    for content in ("abc\r\nj\n", "gef", "ij"):
+        chat.hear(content)
     prompt = coder.apply_chat_template(turns, return_tensors="pt", return_dict=True)
     assert prompt["input_ids"][0].tolist() == chat.context()
 
@@ -170,8 +170,8 @@ def test_llama_cpp_computes_and_writes_what_we_do_from_a_gguf_file(tmp_path, mon
     sampling = Sampling(temperature=0, max_new_tokens=16)
     assert told["tokens"] == [int(row) for row in generate(model, [prompt], sampling, (SEP, PAD))]
     chat = Conversation(model, ours, ChatSettings(max_new_tokens=8, resume_from=path), print)
-    said = ("user", "abc\r\nj\n"), ("assistant", "gef"), ("user", "ij")
-    for _, content in said:
+    said = ("system", "x"), ("developer", "x"), ("user", "abc\r\nj\n"), ("assistant", "gef"), ("user", " ij")
+    for content in ("abc\r\nj\n", "gef", "ij"):
         chat.hear(content)
     prompt = ask("/apply-template", messages=[dict(role=role, content=content) for role, content in said])["prompt"]
     assert ask("/tokenize", content=prompt, add_special=True)["tokens"] == chat.context()

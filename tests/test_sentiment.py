@@ -379,7 +379,7 @@ def test_an_error_in_a_later_run_keeps_the_figures_of_what_ended(full, config, t
     else:
         make = sentimentalTrain.make_optimizers
 
-        def make_optimizers(model, settings, dtype, left=iter(range(4, -1, -1))):
+        def make_optimizers(model, settings, dtype, group, left=iter(range(4, -1, -1))):
             if next(left) == 0:
                 raise torch.OutOfMemoryError
             return make(model, settings, dtype)
@@ -415,6 +415,10 @@ def test_what_is_wrong_with_the_last_configuration_shows_before_the_first_is_tra
         with pytest.raises(UserError, match=words):
             run(monkeypatch, config, str(tmp_path / "last.yaml"))
         assert not (tmp_path / "out").exists()
+    (tmp_path / "last.yaml").write_text(re.sub("tensorboard_path: .*", f"tensorboard_path: {config}", written))
+    with pytest.raises(UserError, match="tensorboard_path=.*/tiny.yaml cannot be written"):
+        run(monkeypatch, config, str(tmp_path / "last.yaml"))
+    assert os.listdir(tmp_path / "out") == []
 
 
 def test_lines_to_predict_end_at_line_ends_only(tmp_path):
@@ -616,6 +620,11 @@ def test_predicting_says_what_is_missing_and_takes_a_run_s_folder(config, tmp_pa
     assert capsys.readouterr().out.count("\t") == 1
     with pytest.raises(UserError, match=r"none.csv does not exist$"):
         run(monkeypatch, str(tmp_path / "out"), "--predict", str(tmp_path / "none.csv"))
+    with pytest.raises(UserError, match="resume_from=a.pth is not used in predicting: name the classifier"):
+        run(monkeypatch, config, "resume_from=a.pth", "--predict-text", "很好")
+    os.rename(tmp_path / "out", tmp_path / "lr=1e-2")
+    run(monkeypatch, str(tmp_path / "lr=1e-2/best.pth"), "--predict-text", "很好")
+    assert capsys.readouterr().out.count("\t") == 1
 
 
 def test_reviews_in_json_are_refused_by_name(config, tmp_path, monkeypatch):
@@ -635,7 +644,9 @@ def test_reviews_in_json_are_refused_by_name(config, tmp_path, monkeypatch):
     ("label,review\n" + "".join(f"{i},好{i}\n" for i in range(200)), "200 different values"),
     ("label,review\n1,好\n0,坏\n", "no review of class"),
     ("label,review\n" + "".join(f"{i % 2},好{i}\n" for i in range(9)), "train_batch=8 is more than the"),
-    (b"label,review\n1,\xff\xff\xff\n", r"neither UTF-8 \(byte 15\) nor GB18030 \(byte 15\)"),
+    (b"label,review\n1,\xff\xff\xff\n", r"not UTF-8 \(byte 15\) nor GB18030 \(byte 15\)"),
+    (b"\xff\xfel\0a\0b\0e\0l", r"not UTF-16 \(byte 10\)"),
+    ("label,review\n" + "1,一样\n0,一样\n" * 20, "no review of class '0' \\(1 different ones in all\\)"),
     ("label,review\n1,good room, bad food\n0,坏\n", "line 2: more fields"),
     ("label|review\n1|good room, bad food\n0|坏\n", "no column 'label'.*with commas between"),
     (b"PK\3\4xl", "is an Excel workbook"),

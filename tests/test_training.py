@@ -134,6 +134,21 @@ def test_a_run_whose_best_pth_was_lost_counts_its_best_anew(trained):
     assert best["progress"]["step"] == 36 and f"validation loss, {best['metrics']['loss']:.4f}" in output
 
 
+def test_a_run_killed_before_its_last_file_got_its_second_name_names_it_when_it_goes_on(trained):
+    _, _, folder = trained(max_steps=9, save_freq=3, keep=5)
+    os.unlink(folder / "last.pth")
+    os.link(folder / "cpt6.pth", folder / "last.pth")
+    _, output, _ = trained(max_steps=9, resume_from="auto")
+    assert "nothing was left to do" in output and runs.checkpoint(folder)["progress"]["step"] == 9
+
+
+def test_a_run_goes_on_with_a_chain_that_needs_fewer_rows(trained):
+    row = runs.checkpoint(trained(max_steps=56, chain=1.0, train_batch=2)[2])["progress"]["row"]
+    status, output, folder = trained(max_steps=58, chain=0.0, train_batch=2, resume_from="auto")
+    progress = runs.checkpoint(folder)["progress"]
+    assert status == 0 and (row, progress["step"], progress["epoch"], progress["row"]) == (112, 58, 1, 2)  # of 115 and 108 rows
+
+
 def test_losses_of_other_held_out_dialogues_are_not_compared(trained):
     """Going on with another eval_steps: the few of before may have been easier."""
     trained(max_steps=10, eval_freq=10)
