@@ -73,8 +73,8 @@ class Ngrams:
             column, value, owner = column[known], value[known], owner[known]
         value = value.float() * self.idf[column]
         norm = torch.zeros(len(rows)).index_add(0, owner, value.square()).sqrt().clamp(min=1e-9)
-        return torch.sparse_coo_tensor(torch.stack([owner, column]), value / norm[owner], (len(rows), len(self.idf)),
-                                       check_invariants=False, is_coalesced=True)
+        with torch.sparse.check_sparse_tensor_invariants(False):  # PyTorch 2.11 warns in spite of the argument of this name
+            return torch.sparse_coo_tensor(torch.stack([owner, column]), value / norm[owner], (len(rows), len(self.idf)), is_coalesced=True)
 
     def log_probabilities(self, rows):
         """(N, classes) of rows of ids."""

@@ -155,18 +155,31 @@ class BPETokenizer(Tokenizer):
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=(vocab_size or 8000) - len(SPECIALS), min_frequency=max(2, min_freq), show_progress=False,
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-        lines = (line for text in texts for line in text.split("\n") if line)
-        done = concurrent.futures.Future()
+        interrupted, parked, done = threading.Event(), threading.Event(), concurrent.futures.Future()
+
+        def lines():
+            for text in texts:
+                if interrupted.is_set():
+                    parked.set()
+                    threading.Event().wait()  # for ever: a thread that asks for Python's lock while Python ends would abort it
+                yield from filter(None, text.split("\n"))
+            parked.set()
 
         def learn():
             try:
-                done.set_result(bpe.train_from_iterator(lines, trainer))
+                done.set_result(bpe.train_from_iterator(lines(), trainer))
             except BaseException as error:
                 done.set_exception(error)
 
         threading.Thread(target=learn, daemon=True).start()  # it takes minutes, in which the library notices no Ctrl-C
-        while not done.done():
-            concurrent.futures.wait([done], timeout=0.2)  # Windows notices none in a wait without end either
+        try:
+            while not done.done():
+                concurrent.futures.wait([done], timeout=0.2)  # Windows notices none in a wait without end either
+        except KeyboardInterrupt:
+            interrupted.set()
+            while not done.done() and not parked.wait(0.01):
+                pass
+            raise
         done.result()
         return cls(bpe.to_str())
 

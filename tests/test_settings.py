@@ -2,12 +2,10 @@
 
 import dataclasses
 import os
-import shutil
 import subprocess
 import sys
 
 import pytest
-import yaml
 
 import settings
 from settings import ChatSettings, SentimentSettings, TrainSettings, UserError, build, overrides, read_yaml
@@ -180,11 +178,13 @@ def test_yaml_that_cannot_be_meant_is_one_line(tmp_path, text):
 
 
 def test_the_heap_is_to_have_huge_pages_whatever_paths_are_mapped(tmp_path):
-    folder = os.fsencode(tmp_path) + b"/\xff"  # a library whose path is not UTF-8
-    shutil.copytree(os.path.dirname(yaml.__file__), os.fsdecode(folder) + "/yaml")
-    code = ("import os, yaml, settings; settings.tune_allocator(); maps = open('/proc/self/smaps', 'rb').read(); "
+    path = os.fsencode(tmp_path) + b"/\xff"  # not UTF-8
+    with open(path, "wb") as file:
+        file.truncate(256 << 20)  # too large for a gap between libraries: mapped, it stands near the heap
+    code = ("import mmap, os, sys, settings; file = open(sys.argv[1], 'rb'); room = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ); "
+            "settings.tune_allocator(); maps = open('/proc/self/smaps', 'rb').read(); "
             "flags = maps[maps.index(b'[heap]'):].split(b'VmFlags:')[1].splitlines()[0].split(); "
-            "print(os.fsencode(yaml._yaml.__file__) in maps, b'hg' in flags)")
-    path = os.fsdecode(folder) + os.pathsep + os.path.dirname(settings.__file__)
-    found = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=True)
+            "print(os.fsencode(sys.argv[1]) in maps, b'hg' in flags)")
+    found = subprocess.run([sys.executable, "-c", code, path], cwd=os.path.dirname(settings.__file__), capture_output=True, text=True,
+                           check=True)
     assert found.stdout == f"True {os.path.exists('/sys/kernel/mm/transparent_hugepage')}\n"  # a kernel may be built without
