@@ -292,11 +292,31 @@ def status(conversation, path):
 
 def speak(conversation):
     """Prints the reply as it comes, until it ends or Ctrl-C stops it."""
-    for piece in conversation.reply():
-        print(piece, end="", flush=True)
+    with unechoed():
+        for piece in conversation.reply():
+            print(piece, end="", flush=True)
     print()
     if conversation.interrupted:
         conversation.notice("(stopped)")
+
+
+@contextlib.contextmanager
+def unechoed():
+    """What is typed meanwhile waits for the prompt: the terminal does not mix it into what is printed."""
+    try:
+        import termios  # Windows has none
+    except ImportError:
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    silent = before.copy()
+    silent[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, silent)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(termios.error):  # the terminal is closed
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def command(conversation, text):

@@ -187,11 +187,24 @@ def test_ctrl_c_stops_the_reply_and_keeps_what_was_said(talker, tmp_path):
         terminal.until(lambda: sum(map(len, terminal.text.split("\n"))) > 300, "a long reply")
         terminal.child.sendintr()
         terminal.wait("(stopped)")
+        assert "^C" not in terminal.raw
         terminal.ready()
         stats = terminal.say("/stats")
         assert 100 < int(re.search(r"last reply: (\d+) tokens", stats)[1]) < 3000 and "turns: 1" in stats
         assert "�" not in terminal.raw
         assert terminal.leave("\x04") == 0
+
+
+def test_what_is_typed_during_a_reply_waits_for_the_prompt(talker, tmp_path):
+    with Terminal(talker, tmp_path / "history", "max_new_tokens=500", "no_repeat_ngram=0") as terminal:
+        terminal.child.send("你好\r")
+        terminal.until(lambda: sum(map(len, terminal.text.split("\n"))) > 300, "a long reply")
+        terminal.child.send("ABC")  # letters that no reply has
+        terminal.until(lambda: terminal.line() == "> ABC", "> ABC")
+        assert terminal.text.count("A") == 1
+        terminal.child.send("\r")
+        terminal.ready()
+        assert "turns: 2" in terminal.say("/stats") and terminal.leave() == 0
 
 
 @pytest.mark.soak
