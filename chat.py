@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -377,11 +378,16 @@ def utterances(conversation):
 
 
 def save(conversation, path):
+    if not os.path.basename(path):
+        raise UserError(f"{path} is a folder; name a file")
     if path not in conversation.saved and os.path.lexists(path):
         raise UserError(f"{path} exists; name a new file")
     try:
-        with checkpoint.whole(os.path.realpath(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            file.write(transcript(conversation, path))
+        with checkpoint.whole(os.path.realpath(path)) as temporary:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(transcript(conversation, path))
+            if os.path.exists(path):  # it stays for nobody else to read
+                shutil.copymode(path, temporary)
     except ValueError as error:
         raise UserError(f"{path!r} is no name for a file: {error}")
     conversation.saved.add(path)

@@ -338,7 +338,8 @@ def _write_store(folder, path, settings, tokenizer, grow, corpus):
         tokenizer = BPETokenizer.train(texts(spans[training], "making the vocabulary"), settings.vocab_size, settings.min_freq)
     elif tokenizer is None or grow:
         trained = counts.copy()
-        for some in np.array_split(spans[~training], 1 + lengths[~training].sum() // BLOCK):  # less what is held out
+        blocks = np.cumsum(lengths[~training]) // BLOCK
+        for some in np.split(spans[~training], np.flatnonzero(np.diff(blocks)) + 1):  # less what is held out
             trained -= np.bincount(points[ranges(some[:, 0], some[:, 1] - some[:, 0] - 1)], minlength=len(counts))
         made = CharTokenizer.of_counts(trained, settings.vocab_size, settings.min_freq)
         tokenizer = tokenizer.grown(made, settings.vocab_size) if grow else made

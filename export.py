@@ -27,7 +27,7 @@ QWEN3 = {  # our names in a block: Qwen3's
     "norm2": "post_attention_layernorm", "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.out": "mlp.down_proj"}
 # An utterance a line, the line end is <sep>; what is to be answered is closed by one too.
 CHAT_TEMPLATE = ("{% for message in messages %}{% set text = message['content'] %}"  # llama.cpp looks whether a system's text is read
-                 f"{{% if text and message['role'] not in {sorted(UNSPOKEN)} %}}"
+                 f"{{% if text and text.strip() and message['role'] not in {sorted(UNSPOKEN)} %}}"
                  "{{ text.replace('\\r\\n', '\\n').strip().replace('\\n', ' ') + '\\n' }}{% endif %}{% endfor %}")
 
 

@@ -48,8 +48,7 @@ class BlockMuon(torch.optim.Muon):
                 own = own.mT if side else own
                 if processes:
                     dist.all_gather(list(updates.split(share)), own.contiguous(), group=processes)
-                    own = updates
-                updates = own.to(parameters[0].dtype, memory_format=torch.contiguous_format).contiguous()
+                updates = (updates if processes else own).to(parameters[0].dtype, memory_format=torch.contiguous_format).contiguous()
                 # torch.optim.Muon's update has the norm sqrt(rows).
                 scale = math.sqrt(shape[0] * size / (shape[side] * min(size, shape[1 - side])))
                 for part in parts:

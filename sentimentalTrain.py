@@ -53,7 +53,7 @@ def start(processes):
     given.add_argument("--predict-text", metavar="TEXT", help="label and probability of this one review")
     options = parser.parse_intermixed_args()
     predicting = options.predict is not None or options.predict_text is not None
-    words = [word for word in options.config if "=" not in word or os.path.exists(word)]  # a folder may be called lr=0.01
+    words = [word for word in options.config if "=" not in word or os.path.isfile(word)]  # it may lie in a folder called lr=0.01
     paths = [path for word in words for path in ([] if os.path.exists(word) else sorted(glob.glob(word))) or [word]]  # Windows expands no *
     if predicting:
         paths = [os.path.join(path, "best.pth") if os.path.isdir(path) else path for path in paths]
@@ -62,8 +62,8 @@ def start(processes):
         raise UserError("no configuration is named; config/demoSentimental.yaml is one")
     if options.predict == "-" and processes.world > 1:
         raise UserError("--predict - is for one process: several would each read a part of standard input; name a file")
-    if named := [key for key in ("resume_from", "base_model") if predicting and key in over]:
-        raise UserError(f"{named[0]}={over[named[0]]} is not used in predicting: name the classifier in place of the configuration")
+    if key := next((key for key in ("resume_from", "base_model") if predicting and key in over), None):
+        raise UserError(f"{key}={over[key]} is not used in predicting: name the classifier in place of the configuration")
     if predicting and len(paths) > 1:
         raise UserError(f"--predict takes one configuration or checkpoint, not {len(paths)}")
     if not predicting and (models := [path for path in paths if path.endswith(".pth")]):
@@ -253,8 +253,8 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
             classifier.zero_grad(set_to_none=distributed is None)
             refused = 0 if math.isfinite(norm) else refused + 1
             if refused == 20:
-                raise UserError(f"the gradient has not been finite for {refused} steps at step {step}: lower lr={settings.lr}"
-                                f"{f' or muon_lr={settings.muon_lr}' * (settings.optimizer == 'muon')}")
+                raise UserError(f"the gradient has not been finite for {refused} steps at step {step}: lower lr={settings.lr} "
+                                f"(muon_lr={settings.muon_lr})")
             seen += len(batch)
             step += 1
             bar.set_postfix_str(f"epoch {epoch + 1}, lr {settings.lr * factor:.1e}", refresh=False)

@@ -158,11 +158,11 @@ class BPETokenizer(Tokenizer):
         interrupted, parked, done = threading.Event(), threading.Event(), concurrent.futures.Future()
 
         def lines():
-            for text in texts:
+            for line in (line for text in texts for line in text.split("\n") if line):
                 if interrupted.is_set():
                     parked.set()
                     threading.Event().wait()  # for ever: a thread that asks for Python's lock while Python ends would abort it
-                yield from filter(None, text.split("\n"))
+                yield line
             parked.set()
 
         def learn():

@@ -90,9 +90,11 @@ def train(settings, runtime, dry_run, begin):
     saved_step, saved_path = begun if same_run else -1, path
     metrics = saved["metrics"] if same_run else {}
     if runtime.main and same_run:  # it may have been ended just before
-        checkpoint.name_also(os.path.realpath(path), "last.pth")
+        file = os.path.realpath(path)
+        if os.path.basename(file) != "best.pth":  # that may be older
+            checkpoint.name_also(file, "last.pth")
         if metrics.get("step") == begun and metrics["loss"] == progress["best"]:
-            checkpoint.name_also(os.path.realpath(path), "best.pth")
+            checkpoint.name_also(file, "best.pth")
     saved = None  # gives its memory back
     peak = rt.peak_flops(runtime)  # here: the compiler's processes, once started, take the cores for a while
     if settings.compile and device.type == "mps":

@@ -41,7 +41,7 @@ def main():
         for config in configs:
             predict(config, settings_module.build(TrainSettings, settings_module.read_yaml(config) | changes))
     elif options.command == "measure":
-        print("| processes | tokens/s | a step | of it communication that nothing hides | gradients all-reduced alone |\n"
+        print("| processes | tokens/s | a step | of it all-reduce that nothing hides | gradients all-reduced alone |\n"
               "|---|---|---|---|---|", flush=True)
         for count in options.processes:
             subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}",

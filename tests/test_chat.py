@@ -53,6 +53,9 @@ def test_a_conversation_that_cannot_be_saved_leaves_the_earlier_file_whole(tmp_p
     talk(conversation, "你好")
     chat.save(conversation, path)
     before = open(path).read()
+    os.chmod(path, 0o600)
+    chat.save(conversation, path)
+    assert os.stat(path).st_mode & 0o777 == 0o600
     talk(conversation, "今天")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

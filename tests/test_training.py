@@ -135,11 +135,17 @@ def test_a_run_whose_best_pth_was_lost_counts_its_best_anew(trained):
 
 
 def test_a_run_killed_before_its_last_file_got_its_second_name_names_it_when_it_goes_on(trained):
-    _, _, folder = trained(max_steps=9, save_freq=3, keep=5)
+    _, _, folder = trained(max_steps=9, eval_freq=3, keep=5)
     os.unlink(folder / "last.pth")
     os.link(folder / "cpt6.pth", folder / "last.pth")
     _, output, _ = trained(max_steps=9, resume_from="auto")
     assert "nothing was left to do" in output and runs.checkpoint(folder)["progress"]["step"] == 9
+    os.replace(folder / "cpt6.pth", folder / "best.pth")
+    for step in steps_of(folder):
+        os.unlink(folder / f"cpt{step}.pth")
+    _, output, _ = trained(max_steps=6, eval_freq=3, resume_from=str(folder / "best.pth"))
+    assert "nothing was left to do" in output
+    assert runs.checkpoint(folder)["progress"]["step"] == 9  # best.pth is older
 
 
 def test_a_run_goes_on_with_a_chain_that_needs_fewer_rows(trained):
