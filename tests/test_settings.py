@@ -130,6 +130,8 @@ def test_a_missing_file_names_those_that_are_there(tmp_path):
 @pytest.mark.parametrize("script", settings.SCRIPTS)
 def test_help_tells_of_every_key_with_meaning_and_default(script):
     text = settings.parser(script, "usage").format_help()
+    assert max(map(len, text.split("\n"))) <= 80
+    text = text.replace("\n" + " " * 24, " ")  # entries of several lines
     for field in dataclasses.fields(script):
         (line,) = (line for line in text.split("\n") if line.startswith(f"  {field.name} "))
         assert field.metadata["help"] in line
