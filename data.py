@@ -222,7 +222,10 @@ def prepare(settings, tokenizer=None, before=None):
     identity of the store that its model was trained on. If this is another, a character tokenizer is extended by the new characters
     of the training part; the store holds the tokenizer used.
     """
-    path, corpus = settings.data_path, corpus_of(settings)
+    path = settings.data_path
+    state = lambda: (os.path.getsize(path), os.path.getmtime(path))
+    begun = path and os.path.exists(path) and state()
+    corpus = corpus_of(settings)
     if tokenizer is None and settings.tokenizer.endswith(".pth"):
         import checkpoint  # here: it needs torch, which takes seconds
         _, tokenizer = checkpoint.unpack(checkpoint.read(settings.tokenizer, path), settings.tokenizer)
@@ -253,6 +256,8 @@ def prepare(settings, tokenizer=None, before=None):
                         "link it there (ln -s)")
     try:
         _write_store(work, path, settings, tokenizer, grow, corpus)
+        if state() != begun:  # the store would have another corpus's name
+            raise UserError(f"{path} was changed while it was read: start again once it is complete")
         if os.path.isdir(folder) and not manifest(folder):  # some of it was deleted
             shutil.rmtree(folder, ignore_errors=True)
         os.rename(work, folder)  # atomic: a store is whole or not there

@@ -205,6 +205,22 @@ def test_a_pipe_is_no_corpus(tmp_path):
         data.prepare(make_settings(tmp_path / "c.txt"))
 
 
+def test_a_corpus_that_is_still_being_written_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "c.txt"
+    path.write_text("你好\n\n再见\n")
+
+    def write_text(*arguments, plain=data._write_text):
+        with open(path, "a") as file:
+            file.write("\n在吗\n")
+        return plain(*arguments)
+    monkeypatch.setattr(data, "_write_text", write_text)
+    with pytest.raises(UserError, match="c.txt was changed while it was read"):
+        data.prepare(make_settings(path))
+    assert os.listdir(tmp_path) == ["c.txt"]
+    monkeypatch.undo()
+    assert data.manifest(data.prepare(make_settings(path)))["dialogues"] == 3
+
+
 def test_a_missing_corpus_says_where_to_get_one(tmp_path):
     with pytest.raises(UserError, match="does not exist.*download"):
         data.prepare(make_settings(tmp_path / "none.txt"))
