@@ -173,8 +173,10 @@ def load(path):
         raise Damaged(f"{path} is refused: it is not a checkpoint, is damaged, or would run code when loaded")
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError, AssertionError, struct.error) as error:
         passing = isinstance(error, OSError) and error.errno != errno.EINVAL or FULL_MEMORY.search(str(error))  # EINVAL: a cut file
-        reason = f"{path} cannot be read: " if passing else f"{path} is no checkpoint, or damaged: {type(error).__name__} "
-        raise (UserError if passing else Damaged)((reason + " ".join(str(error).splitlines()[:1]).split(". ")[0]).strip())
+        reason = " ".join(str(error).splitlines()[:1]).split(". ")[0]
+        if passing:
+            raise UserError(f"{path} cannot be read: {reason}")
+        raise Damaged(f"{path} is no checkpoint, or damaged: {type(error).__name__}{', ' * bool(reason)}{reason}")
 
 
 def read(path, corpus=None):

@@ -189,7 +189,7 @@ def file_sha256(path):
 
 
 def fingerprints(points, spans):
-    """A number for each dialogue that its copies share and others hardly ever do (of digits alone a tenth does), (D,) uint32: a sum over
+    """A number for each dialogue that its copies share and others hardly ever do (but many of digits alone), (D,) uint32: a sum over
     pairs of characters, so the same utterances in another order share it too."""
     pairs = points * points
     pairs[1:] *= points[:-1]  # before a dialogue's first character stands a newline

@@ -92,8 +92,8 @@ def start(processes):
             processes.claim(settings.checkpoint_root)
             if settings.tensorboard_path:
                 checkpoint.make_folder(settings.tensorboard_path, f"tensorboard_path={settings.tensorboard_path}")
-        options.table += "" if os.path.basename(options.table) else "ablation"
         if len(paths) > 1:
+            options.table += "" if os.path.basename(options.table) else "ablation"
             checkpoint.make_folder(os.path.dirname(options.table) or ".", f"--table {options.table}")
     stopping = None if options.dry_run else rt.StopSignal(processes)  # up to here, and in a dry run, Ctrl-C just ends
     results = []
