@@ -223,8 +223,8 @@ def prepare(settings, tokenizer=None, before=None):
     of the training part; the store holds the tokenizer used.
     """
     path = settings.data_path
-    state = lambda: (os.path.getsize(path), os.path.getmtime(path))
-    begun = path and os.path.exists(path) and state()
+    state = lambda: os.path.exists(path) and (os.path.getsize(path), os.path.getmtime(path))
+    begun = path and state()
     corpus = corpus_of(settings)
     if tokenizer is None and settings.tokenizer.endswith(".pth"):
         import checkpoint  # here: it needs torch, which takes seconds

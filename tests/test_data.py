@@ -221,6 +221,19 @@ def test_a_corpus_that_is_still_being_written_is_refused(tmp_path, monkeypatch):
     assert data.manifest(data.prepare(make_settings(path)))["dialogues"] == 3
 
 
+def test_a_corpus_that_is_removed_while_it_is_read_is_named_and_not_the_store(tmp_path, monkeypatch):
+    (tmp_path / "c.txt").write_text("你好\n\n再见\n")
+
+    def write_text(*arguments, plain=data._write_text):
+        made = plain(*arguments)
+        os.remove(tmp_path / "c.txt")
+        return made
+    monkeypatch.setattr(data, "_write_text", write_text)
+    with pytest.raises(UserError, match="c.txt was changed while it was read"):
+        data.prepare(make_settings(tmp_path / "c.txt"))
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_missing_corpus_says_where_to_get_one(tmp_path):
     with pytest.raises(UserError, match="does not exist.*download"):
         data.prepare(make_settings(tmp_path / "none.txt"))
