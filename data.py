@@ -245,12 +245,11 @@ def prepare(settings, tokenizer=None, before=None):
     if manifest(folder):
         return folder
     try:
-        os.makedirs(cache, exist_ok=True)
         for left in glob.glob(os.path.join(glob.escape(cache), ".making-*")):  # by a process that was killed
             with contextlib.suppress(FileNotFoundError):  # another process has just finished it
                 if time.time() - os.path.getmtime(left) > 7 * 86400:
                     shutil.rmtree(left, ignore_errors=True)
-        os.mkdir(work := os.path.join(cache, f".making-{uuid.uuid4().hex}"))
+        os.makedirs(work := os.path.join(cache, f".making-{uuid.uuid4().hex}"))
     except OSError as error:
         raise UserError(f"{cache} cannot be written ({error.strerror}); the token store goes there: copy {path} to a folder of yours, or "
                         "link it there (ln -s)")
