@@ -109,7 +109,10 @@ def fetch_drive(address, temporary, timeout):
             process.communicate()
     if process.returncode or not os.path.exists(temporary):
         first = next((number for number, line in enumerate(lines) if "rror" in line), -1)
-        raise Failed(" ".join(lines[first:])[:300] or "gdown failed")
+        problem = " ".join(lines[first:])[:300] or "gdown failed"
+        for part in glob.glob(glob.escape(temporary) + "*.part") if "byte range" in problem else []:
+            os.unlink(part)  # the server has no rest of it, or sends files from the beginning alone: gdown would ask for the rest for ever
+        raise Failed(problem)
 
 
 def fetch_weights(address, temporary, timeout):

@@ -222,6 +222,15 @@ def test_the_dialogues_come_by_gdown(server, tmp_path):
     assert again.returncode == 0 and "is there already, and right" in again.stdout
 
 
+def test_left_overs_of_gdown_to_which_nothing_can_be_added_do_not_block_the_download(server, tmp_path):
+    """It was killed between the last byte and the renaming, or the server gives no parts of files."""
+    server.contents["/train.txt"] = "甲\n乙\n\n".encode() * 500_001
+    (tmp_path / ".downloading-train.txtabcdefgh.part").write_bytes(server.contents["/train.txt"])
+    path = tmp_path / "train.txt"
+    download.get(download.File(str(path), f"{server.address}/train.txt", download.fetch_drive, download.check_dialogues), tries=2)
+    assert path.read_bytes() == server.contents["/train.txt"] and content_of(tmp_path) == ["train.txt"]
+
+
 def test_a_web_page_in_place_of_the_dialogues_is_refused(server, tmp_path):
     server.contents["/train.txt"] = b"<html>too many people have looked at this file</html>"
     done = command(tmp_path, "chat", "--address", f"{server.address}/train.txt", "--tries", "1")
