@@ -199,6 +199,15 @@ def test_the_command_that_converts_a_corpus_can_be_pasted(tmp_path):
     assert command == ["iconv", "-f", "GB18030", "-t", "UTF-8", str(path), ">", "utf8.txt"]
 
 
+def test_the_script_for_chat_exports_leaves_out_messages_without_text(tmp_path):
+    with open(os.path.join(runs.ROOT, "data", "README.md"), encoding="utf-8") as file:
+        script = file.read().partition("<<'END'\n")[2].partition("END\n")[0]
+    export = ["20:31:07 甲: 你好", "20:31:09 乙: 在", "20:32:09 乙: ", "20:33:00 甲:  ", "20:34:00 甲: 好", "22:00:00 乙: 晚安"]
+    (tmp_path / "export.txt").write_text("\n".join(f"2024-05-01 {line}" for line in export) + "\n第二行\n\n")
+    done = subprocess.run([sys.executable, "-", tmp_path / "export.txt"], input=script, capture_output=True, text=True, check=True)
+    assert done.stdout == "你好\n在\n好\n\n晚安 第二行\n"
+
+
 def test_a_pipe_is_no_corpus(tmp_path):
     os.mkfifo(tmp_path / "c.txt")
     with pytest.raises(UserError, match="is a pipe or device, and a corpus is read twice"):
