@@ -16,12 +16,12 @@ def counts(rows, n, size=KEYS):
     ids = np.concatenate(rows).astype(np.uint64)
     owner = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
     code, keys = np.zeros_like(ids), []
-    for k in range(min(n, len(ids))):
-        whole = np.zeros(len(ids), dtype=bool)  # the n-gram of k + 1 tokens that begins here ends in the same row
-        whole[:len(ids) - k] = owner[k:] == owner[:len(ids) - k]
-        code = (code + np.concatenate([ids[k:], np.zeros(k, np.uint64)]) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)  # wraps: meant to
+    for k in range(n):
+        last = ids[k:]  # tokens of the n-grams of k + 1
+        code = (code[:len(last)] + last + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)  # wraps: meant to
         code ^= code >> np.uint64(29)
-        keys.append(owner[whole] * size + (code[whole] >> np.uint64(20)).astype(np.int64) % size)
+        whole = owner[:len(last)] == owner[k:]  # in one row
+        keys.append((owner[k:] * size + (code >> np.uint64(20)).astype(np.int64) % size)[whole])
     keys, times = np.unique(np.concatenate(keys), return_counts=True)
     return keys % size, 1 + np.log(times), np.searchsorted(keys, np.arange(len(rows)) * size)
 
@@ -37,7 +37,7 @@ class Ngrams:
         self.n, self.idf, self.weight, self.bias, self.keys = n, idf, weight, bias, keys
 
     @classmethod
-    def train(cls, rows, labels, classes, n, steps=60):
+    def train(cls, rows, labels, classes, n):
         """From rows of ids; n-grams that stand in one row only are left out."""
         keys, frequency = map(torch.from_numpy, np.unique(counts(rows, n)[0], return_counts=True))
         keys, frequency = keys[frequency > 1], frequency[frequency > 1]
@@ -51,7 +51,7 @@ class Ngrams:
         with warnings.catch_warnings(action="ignore"):  # "in beta state"
             features, transposed = features.to_sparse_csr(), features.t().to_sparse_csr()
         weight, bias = torch.zeros_like(ratio), torch.zeros(classes)
-        solver = torch.optim.LBFGS([weight, bias], max_iter=steps, history_size=8, line_search_fn="strong_wolfe")
+        solver = torch.optim.LBFGS([weight, bias], max_iter=60, history_size=8, line_search_fn="strong_wolfe")
 
         def objective():
             """The penalised loss; its gradients are written down, as autograd is slow with sparse matrices."""
