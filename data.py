@@ -339,7 +339,7 @@ def _write_store(folder, path, settings, tokenizer, grow, corpus):
             yield text_of(points[begin:end - 1])
 
     if tokenizer is None and settings.tokenizer == "bpe":
-        tokenizer = BPETokenizer.train(texts(spans[training], "making the vocabulary"), settings.vocab_size, settings.min_freq)
+        tokenizer = BPETokenizer.train(texts(spans[training], "making the vocabulary"), settings.vocab_size or 8000, settings.min_freq)
     elif tokenizer is None or grow:
         trained = counts.copy()
         blocks = np.cumsum(lengths[~training]) // BLOCK

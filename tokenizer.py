@@ -43,7 +43,7 @@ class Tokenizer:
         return b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")
 
     def decode_stream(self, ids):
-        """Yields the text of each id as it comes, holding bytes back until their character is whole; what is not at the end is dropped."""
+        """Yields the text of each id as it comes, holding bytes back until their character is whole; at the end they are dropped."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for i in ids:
             yield decoder.decode(self.pieces[i])
@@ -147,13 +147,13 @@ class BPETokenizer(Tokenizer):
     def train(cls, texts, vocab_size=8000, min_freq=2):
         """From an iterable of texts; all 256 bytes are in the vocabulary, so nothing is ever `<unk>`."""
         import tokenizers
-        if vocab_size is not None and vocab_size < 256 + len(SPECIALS):
+        if vocab_size < 256 + len(SPECIALS):
             raise UserError(f"vocab_size={vocab_size} is too small for tokenizer=bpe; it needs {256 + len(SPECIALS)} at least (8000, say)")
         bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
         bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = tokenizers.decoders.ByteLevel()
         trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=(vocab_size or 8000) - len(SPECIALS), min_frequency=max(2, min_freq), show_progress=False,
+            vocab_size=vocab_size - len(SPECIALS), min_frequency=max(2, min_freq), show_progress=False,
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
         interrupted, parked, done = threading.Event(), threading.Event(), concurrent.futures.Future()
 
@@ -206,11 +206,11 @@ class BPETokenizer(Tokenizer):
 
 def from_state(state):
     """The tokenizer whose `state()` this is."""
-    kinds = {"char": (CharTokenizer, "characters"), "bpe": (BPETokenizer, "tokenizer")}
-    if state.get("kind") not in kinds:
-        raise ValueError(f"unknown kind of tokenizer: {state.get('kind')!r}")
-    kind, content = kinds[state["kind"]]
-    return kind(state[content])
+    if (kind := state.get("kind")) == "char":
+        return CharTokenizer(state["characters"])
+    if kind == "bpe":
+        return BPETokenizer(state["tokenizer"])
+    raise ValueError(f"unknown kind of tokenizer: {kind!r}")
 
 
 def load(path):
