@@ -142,8 +142,7 @@ def _jsonl_dialogues(file, path):
             entry = json.loads(line)
             if not {"messages", "conversations"} & entry.keys():
                 raise KeyError
-            turns = entry.get("messages") or entry.get("conversations") or []
-            said = list(map(_turn, turns))
+            said = list(map(_turn, entry.get("messages") or entry.get("conversations") or []))
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {number} is not JSON: {error.msg} at column {error.colno}; each line should be an object")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -365,7 +364,7 @@ def _write_store(folder, path, settings, tokenizer, grow, corpus):
         spans = np.stack([ends - lengths, ends], axis=1)
     np.save(os.path.join(folder, "spans.npy"), spans)
     np.save(os.path.join(folder, "training.npy"), training)
-    tokens = dict(train=int(lengths.sum(where=training)), val=int(lengths.sum(where=~training)))
+    tokens = dict(train=int(lengths[training].sum()), val=int(lengths[~training].sum()))
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
     sizes = {name: os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder)}
     content = dict(corpus, layout=LAYOUT, identity=identity(corpus, tokenizer), tokens=tokens, unknown=int(unknown),
@@ -491,7 +490,7 @@ class Epoch:
         self.joined = np.ones(len(order), dtype=bool)  # to the piece after it
         self.joined[ends[1:] - 1] = False
         self.starts, self.lengths = starts[order], lengths[order] + self.joined
-        self.positions = np.concatenate([[0], np.cumsum(self.lengths)])[self.first]  # real positions before each row
+        self.positions = np.append(0, np.cumsum(self.lengths))[self.first]  # real positions before each row
 
     def __len__(self):
         return len(self.first) - 1
@@ -522,7 +521,7 @@ class Epoch:
         """(inputs, targets) of the positions of a slice of pieces."""
         starts, lengths, joints = self.starts[pieces], self.lengths[pieces], np.flatnonzero(self.joined[pieces])
         place, joint = ranges(starts, lengths), np.cumsum(lengths)[joints] - 1
-        inputs = np.array(self.documents.ids[place])
+        inputs = self.documents.ids[place]  # a copy
         inputs[joint] = SEP  # where the dialogue's <pad> stands
         place += 1
         place[joint] = starts[joints + 1]

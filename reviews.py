@@ -121,7 +121,7 @@ def deal(texts, labels, among, parts, seed):
     for label in np.unique(labels[among]):
         members = among[(group[among] == among) & (labels[among] == label)]
         members = members[rng.permutation(len(members))]
-        part[members] = np.searchsorted(ends, (np.arange(len(members)) + 0.5) / max(1, len(members))).clip(max=len(parts) - 1)
+        part[members] = np.searchsorted(ends, (np.arange(len(members)) + 0.5) / len(members)).clip(max=len(parts) - 1)
     part[among] = part[group[among]]
     return part
 
