@@ -17,6 +17,7 @@ from settings import UserError
 
 UNK, SEP, PAD = 0, 1, 2
 SPECIALS = ("<unk>", "<sep>", "<pad>")
+PIECES = ("\ufffd".encode(), b"\n", b"")  # what they are in a text
 
 
 def code_points(text):
@@ -89,8 +90,8 @@ class CharTokenizer(Tokenizer):
         if len(set(characters)) != len(characters):
             raise ValueError("a character stands twice in the vocabulary")
         self.vocabulary = characters
-        self.size = len(SPECIALS) + len(characters)
-        self.pieces = [b"\xef\xbf\xbd", b"\n", b""] + [c.encode("utf-8", "surrogatepass") for c in characters]
+        self.pieces = [*PIECES, *(c.encode("utf-8", "surrogatepass") for c in characters)]
+        self.size = len(self.pieces)
         points = code_points(characters)
         self.table = np.zeros(points.max(initial=127) + 2, dtype=self.dtype)  # code point -> id; the last place is for all above
         self.table[points] = np.arange(3, self.size)
@@ -135,13 +136,13 @@ class BPETokenizer(Tokenizer):
             self.bpe = tokenizers.Tokenizer.from_str(description)
         except Exception as error:  # it raises nothing narrower
             raise ValueError(error)
-        self.size = len(SPECIALS) + self.bpe.get_vocab_size()
         # Byte-level BPE writes bytes as printable characters: itself where printable, else 256 and up in order.
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = (byte for byte in range(256) if byte not in printable)
         to_byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-        tokens = [self.bpe.id_to_token(i) for i in range(self.bpe.get_vocab_size())]
-        self.pieces = [b"\xef\xbf\xbd", b"\n", b""] + [bytes(to_byte[c] for c in token) for token in tokens]
+        tokens = map(self.bpe.id_to_token, range(self.bpe.get_vocab_size()))
+        self.pieces = [*PIECES, *(bytes(to_byte[c] for c in token) for token in tokens)]
+        self.size = len(self.pieces)
 
     @classmethod
     def train(cls, texts, vocab_size=8000, min_freq=2):
