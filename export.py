@@ -10,6 +10,7 @@
 import argparse
 import json
 import os
+import pathlib
 import sys
 
 import torch
@@ -50,9 +51,7 @@ def export(path, target):
         raise UserError(f"{target} exists; name a new {new}")
     try:
         model, tokenizer, *_ = read(path)
-        checkpoint.make_folder(os.path.dirname(target) or ".", target)
-        with checkpoint.whole(target) as temporary:
-            write(temporary, model, tokenizer)
+        write(target, model, tokenizer)
     except ImportError as error:
         raise UserError(f"{target} needs {error.name}: python -m pip install {error.name}")
     print(f"{target}: load it with {reader}")
@@ -106,7 +105,7 @@ def read_folder(folder):
     return model, tokenizer
 
 
-def write_folder(folder, model, tokenizer):
+def write_folder(path, model, tokenizer):
     """Hugging Face's files: the configuration, matrices in float32, the tokenizer."""
     import safetensors.torch
     weights, config = (qwen3 if model.config.modern else gpt2)(model, tokenizer.size)
@@ -121,12 +120,13 @@ def write_folder(folder, model, tokenizer):
             tokenizer_class="PreTrainedTokenizerFast", unk_token=SPECIALS[UNK], pad_token=SPECIALS[PAD], eos_token=SPECIALS[PAD],
             padding_side="left", split_special_tokens=True, model_max_length=model.config.block_size, chat_template=CHAT_TEMPLATE,
             model_input_names=["input_ids", "attention_mask"]))  # transformers 4 would add a third
-    os.mkdir(folder)
-    with open(os.path.join(folder, "model.safetensors"), "wb") as file:
-        file.write(safetensors.torch.save({name: tensor.contiguous() for name, tensor in weights.items()}, metadata={"format": "pt"}))
-    for name, content in (files | dict(tokenizer=json.loads(tokenizer_of(tokenizer).to_str()))).items():
-        with open(os.path.join(folder, name + ".json"), "w", encoding="utf-8") as file:
-            json.dump(content, file, ensure_ascii=False, indent=1)
+    with checkpoint.whole(path) as folder:
+        os.makedirs(folder)
+        with open(os.path.join(folder, "model.safetensors"), "wb") as file:
+            file.write(safetensors.torch.save({name: tensor.contiguous() for name, tensor in weights.items()}, metadata={"format": "pt"}))
+        for name, content in (files | dict(tokenizer=json.loads(tokenizer_of(tokenizer).to_str()))).items():
+            with open(os.path.join(folder, name + ".json"), "w", encoding="utf-8") as file:
+                json.dump(content, file, ensure_ascii=False, indent=1)
 
 
 def write_gguf(path, model, tokenizer):
@@ -136,7 +136,7 @@ def write_gguf(path, model, tokenizer):
     weights, _ = (qwen3 if c.modern else gpt2)(model, tokenizer.size)
     arch = gguf.MODEL_ARCH.QWEN3 if c.modern else gguf.MODEL_ARCH.GPT2
     names = gguf.get_tensor_name_map(arch, c.n_layer)
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
+    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[arch])
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     writer.add_block_count(c.n_layer)
     writer.add_context_length(c.block_size)
@@ -159,10 +159,12 @@ def write_gguf(path, model, tokenizer):
             tensor = tensor.T
         array = tensor.float().contiguous().numpy().astype("float16" if tensor.dim() == 2 else "float32")
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with checkpoint.whole(path) as temporary:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        writer.write_header_to_file(pathlib.Path(temporary))
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
 
 
 def add_tokenizer(writer, ours, kind):

@@ -188,12 +188,25 @@ def test_an_exported_classifier_has_no_more_ids_than_its_tokenizer(tmp_path):
     assert theirs.config.vocab_size == ours.size == len(transformers.AutoTokenizer.from_pretrained(str(tmp_path / "out")))
 
 
-@pytest.mark.parametrize("name", ["out.gguf", "out"])
+@pytest.mark.parametrize("name", ["out.gguf", "out", "back.pth"])
 def test_a_full_disk_leaves_nothing_of_an_export_and_one_line(tmp_path, name):
     path, target = write_checkpoint(tmp_path, "char", arch="modern"), tmp_path / name
+    if name == "back.pth":
+        export.export(path, str(tmp_path / "exported"))
+        path = tmp_path / "exported"
+    before = os.listdir(tmp_path)
     command = f"ulimit -f 64; exec {sys.executable} {export.__file__} {path} {target}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith(f"error: {target} cannot be written") and done.stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == before
+
+
+@pytest.mark.parametrize(("name", "package"), [("out", "safetensors"), ("out.gguf", "gguf")])
+def test_a_package_that_is_missing_is_named_and_no_folder_made(tmp_path, monkeypatch, name, package):
+    path = write_checkpoint(tmp_path, "char", arch="modern")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"needs {package}: python -m pip install {package}"):
+        export.export(path, str(tmp_path / "new" / name))
     assert sorted(os.listdir(tmp_path)) == ["corpus.txt", "random.pth"]
 
 
