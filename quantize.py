@@ -26,7 +26,7 @@ class PackedLinear(nn.Module):
         groups = weight.float().view(self.rows, -1, self.group)  # (N, K / g, g)
         values, scale, zero = (_eight if kind == "int8" else _four)(groups, weight.dtype)
         self.weight = torch._convert_weight_to_int4pack_for_cpu(values.view(-1, columns).int(), 1)
-        self.scales = torch.stack([scale, zero], dim=-1).transpose(0, 1).to(weight.dtype).contiguous()  # (K / g, planes * N, 2)
+        self.scales = torch.cat([scale, zero], dim=2).transpose(0, 1).to(weight.dtype).contiguous()  # (K / g, planes * N, 2)
         self.bias = linear.bias
 
     def forward(self, x):
@@ -39,25 +39,23 @@ class PackedLinear(nn.Module):
 
 
 def _four(groups, dtype):
-    """(values 0–15, scale, zero) with w = (value - 8) * scale + zero, the range clipped where that costs least."""
-    low, high = groups.amin(dim=2), groups.amax(dim=2)
-    best = [torch.full_like(low, torch.inf), torch.zeros_like(groups), torch.zeros_like(low), torch.zeros_like(low)]
+    """(values 0–15, scale, zero) with w = (value - 8) * scale + zero, the range clipped where that costs least. Scales and zeros are
+    (N, K / g, 1)."""
+    low, high = groups.amin(dim=2, keepdim=True), groups.amax(dim=2, keepdim=True)
+    best = (torch.inf, 0.0, 0.0, 0.0)  # error, values, scale, zero
     for clip in CLIPS:
-        middle, half = (low + high) / 2, (high - low) / 2 * clip
-        scale = (half * 2 / 15).clamp(min=1e-8).to(dtype).float()
-        zero = (middle + scale / 2).to(dtype).float()  # value 7.5 is the middle
-        values = ((groups - zero[..., None]) / scale[..., None]).round().clamp(-8, 7)
-        error = (values * scale[..., None] + zero[..., None] - groups).square().sum(dim=2)
-        better = error < best[0]
-        for old, new in zip(best, (error, values, scale, zero)):
-            torch.where(better if new.dim() == 2 else better[..., None], new, old, out=old)
-    return best[1] + 8, best[2], best[3]
+        scale = ((high - low) * clip / 15).clamp(min=1e-8).to(dtype).float()
+        zero = ((low + high) / 2 + scale / 2).to(dtype).float()  # value 7.5 is the middle
+        values = ((groups - zero) / scale).round().clamp(-8, 7)
+        error = (values * scale + zero - groups).square().sum(dim=2, keepdim=True)
+        best = [torch.where(error < best[0], new, old) for new, old in zip((error, values, scale, zero), best)]
+    return best[1] + 8, *best[2:]
 
 
 def _eight(groups, dtype):
     """The same for the planes of 8 bits, the high ones above the low ones: w = 16 s * high + (s * (low - 8) + 8 s)."""
-    scale = (groups.abs().amax(dim=2) / 127).clamp(min=1e-8).to(dtype).float()
-    values = (groups / scale[..., None]).round().clamp(-128, 127)
+    scale = (groups.abs().amax(dim=2, keepdim=True) / 127).clamp(min=1e-8).to(dtype).float()
+    values = (groups / scale).round().clamp(-128, 127)
     high = (values / 16).floor()
     low = values - 16 * high  # 0–15
     return torch.cat([high + 8, low]), torch.cat([16 * scale, scale]), torch.cat([torch.zeros_like(scale), 8 * scale])
