@@ -312,10 +312,10 @@ class GPT(nn.Module):
         modern blocks, which begin by adding nothing, and an output layer of its own. The numbers are from bench/LOG.md.
         """
         V, C = self.config.vocab_size, self.config.n_embd
-        exact = dict(dtype=torch.float64)  # in float32 the number of threads would turn the axes
-        count = count.to(**exact)
-        frequency = torch.ones(V, 1, **exact).index_add(0, first, count[:, None])
-        unigram = torch.full((V,), 0.5, **exact).index_add(0, second, count)
+        exact = torch.float64  # in float32 the number of threads would turn the axes
+        count = count.to(exact)
+        frequency = torch.ones(V, 1, dtype=exact).index_add(0, first, count[:, None])
+        unigram = torch.full((V,), 0.5, dtype=exact).index_add(0, second, count)
         frequency, unigram = frequency / frequency.sum(), unigram / unigram.sum()
         score = torch.log1p(count / (prior * unigram[second]))
 
@@ -324,23 +324,23 @@ class GPT(nn.Module):
             return torch.sparse_coo_tensor(torch.stack([first, second]), values, (V, V), is_coalesced=True)
 
         weighted = sparse(score * (frequency[first, 0] * unigram[second]).sqrt())
-        basis = torch.randn(V, min(C - 1, V), **exact)  # becomes the largest right singular vectors (Halko et al. 2011)
+        basis = torch.randn(V, min(C - 1, V), dtype=exact)  # becomes the largest right singular vectors (Halko et al. 2011)
         for _ in range(2):
             basis = torch.linalg.qr(weighted.t() @ (weighted @ basis)).Q.contiguous()  # sparse products want it so
         left = weighted @ basis
         left = left @ torch.linalg.eigh(left.t() @ left).eigenvectors  # AdamW learns faster along singular vectors
         left /= frequency.sqrt()  # (V, C - 1)
         mean_norm = (frequency.t() @ left.norm(dim=1)).item()
-        rows = 0.3 * mean_norm / math.sqrt(C) * torch.randn(V, C, **exact)  # stays where the vocabulary is smaller than the width
+        rows = 0.3 * mean_norm / math.sqrt(C) * torch.randn(V, C, dtype=exact)  # stays where the vocabulary is smaller than the width
         rows[:, :left.shape[1]] = left
         rows[:, -1] = 0.3 * mean_norm  # carries the unigrams; rare tokens have little else
         rows = rms_norm(rows)
-        by_frequency = (rows * frequency).t()  # (C, V)
-        gram = by_frequency @ rows
+        by_frequency = rows * frequency  # (V, C)
+        gram = by_frequency.t() @ rows  # (C, C)
         gram += 1e-4 * gram.diagonal().mean() * torch.eye(C)
-        target = (sparse(score).t() @ by_frequency.t()).t()  # (C, V)
-        target += by_frequency.sum(dim=1, keepdim=True) * (unigram.log() - unigram.log().mean())
-        self.head.weight[:V] = torch.linalg.solve(gram, target).t()
+        target = sparse(score).t() @ by_frequency  # (V, C)
+        target += (unigram.log() - unigram.log().mean())[:, None] * by_frequency.sum(dim=0)
+        self.head.weight[:V] = torch.linalg.solve(gram, target, left=False)
         self.embedding.weight[:V] = 0.1 * rows  # look-ups are normalised: this is for the size of AdamW's steps
 
     def compile_parts(self):
