@@ -41,11 +41,9 @@ class BlockMuon(torch.optim.Muon):
                 for part in parts:
                     torch._foreach_lerp_(momentum[part], gradients[part], 1 - group["momentum"])
                     torch._foreach_copy_(updates[part].unbind(), torch._foreach_lerp(gradients[part], momentum[part], group["momentum"]))
-                own = updates[rank * share:(rank + 1) * share]
-                own = own.mT if side else own
-                blocks = orthogonalise(own.reshape(-1, size, shape[1 - side]), group["ns_coefficients"], group["ns_steps"], group["eps"])
-                own = blocks.reshape(own.shape)
-                own = own.mT if side else own
+                own = updates[rank * share:(rank + 1) * share].movedim(1 + side, 1)  # first the side that blocks divide
+                blocks = orthogonalise(own.reshape(-1, size, own.shape[2]), group["ns_coefficients"], group["ns_steps"], group["eps"])
+                own = blocks.reshape(own.shape).movedim(1, 1 + side)
                 if processes:
                     dist.all_gather(list(updates.split(share)), own.contiguous(), group=processes)
                 updates = (updates if processes else own).to(parameters[0].dtype, memory_format=torch.contiguous_format).contiguous()
