@@ -557,7 +557,7 @@ def adjust(logits, history, sampling):
     if 0 < sampling.top_k < logits.shape[1]:
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[:, -1:], -math.inf)
     if sampling.min_p > 0:
-        logits = logits.masked_fill(logits < logits.max(dim=-1, keepdim=True).values + math.log(sampling.min_p), -math.inf)
+        logits = logits.masked_fill(logits < math.log(sampling.min_p), -math.inf)  # the likeliest has 0 by now
     if sampling.top_p < 1:  # nucleus (Holtzman et al. 2020): the token that crosses the share stays in
         ordered, share = _likeliest(logits, 256 if logits.device.type == "cpu" else logits.shape[1])
         if ordered.shape[1] < logits.shape[1] and share.sum(dim=-1).min() <= sampling.top_p:
