@@ -270,7 +270,7 @@ def tokenizer_from(description):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", help="a .pth of train.py or sentimentalTrain.py, or a folder made from one, trained further or not")
     parser.add_argument("target", help="a new folder for config.json, model.safetensors and tokenizer.json, or a new file NAME.gguf; "
                         "of a folder: a new file NAME.pth")
