@@ -206,7 +206,7 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
     filling = 1 - lengths[training].sum() / sum(reviews.pad([rows[i] for i in batch], unit)[0].size for batch in order)
     pieces = count_pieces(settings, runtime)
     describe_run(runtime, classifier, trained, parts, lengths, filling, np.mean(np.concatenate(uncut) == UNK),
-                 -(-settings.train_batch // pieces))
+                 -(-settings.train_batch // pieces) * -(-lengths.max() // unit) * unit)
     if dry_run:
         return None
     if runtime.main:
@@ -385,8 +385,8 @@ def count_pieces(settings, runtime):
     return -(-max(2, -(-settings.train_batch // rows)) // runtime.world) * runtime.world
 
 
-def describe_run(runtime, classifier, trained, parts, lengths, filling, unknown, piece):
-    """Says what is about to be trained, on what. `filling`, `unknown`: shares of all tokens; `piece`: reviews computed at once."""
+def describe_run(runtime, classifier, trained, parts, lengths, filling, unknown, most):
+    """Says what is about to be trained, on what. `filling`, `unknown`: shares of all tokens; `most`: positions computed at once."""
     training, validation, test = parts
     parameters = classifier.gpt.count_parameters()
     config, tokens = classifier.gpt.config, int(lengths[training].sum())
@@ -401,7 +401,7 @@ def describe_run(runtime, classifier, trained, parts, lengths, filling, unknown,
                      f"{len(validation)} to choose the epoch, {len(test)} to test"
                      + (f"; {unknown:.2%} of all tokens <unk>" if unknown > 1e-4 else "")),
             ("memory", f"about {(4 * parameters + 12 * held) / 2**30:.2f} GiB of weights, gradients and optimizer, and up to "
-                       f"{piece * lengths.max() * kept * learning / 2**30:.2f} GiB of activations"),
+                       f"{most * kept / 2**30:.2f} GiB of activations"),  # frozen blocks pass a gradient on to the embeddings
             ("work", f"{work * tokens / (1 - filling) / 1e12:.1f} TFLOP an epoch")):
         runtime.say(f"{name:<9} {text}")
 

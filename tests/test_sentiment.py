@@ -679,6 +679,14 @@ def test_a_dry_run_describes_and_writes_nothing(config, tmp_path, monkeypatch, c
     assert not (tmp_path / "out").exists() and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_memory_told_holds_the_activations_of_whole_rows_and_of_frozen_blocks(frozen, config, monkeypatch, capsys):
+    """Through frozen blocks a gradient goes to the new embeddings; without the mask every row is as wide as block_size."""
+    monkeypatch.setattr(GPT, "kept_bytes", lambda *_: 2**30)
+    run(monkeypatch, config, "use_mask=False", f"frozen={frozen}", "--dry-run")
+    assert f"up to {4 * 48}.00 GiB of activations" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["sentimental", "sentimental1", "sentimental2", "sentimental3", "demoSentimental", "cpuSentimental"])
 def test_the_shipped_configurations_are_what_their_names_say(name):
     made = settings_module.build(SentimentSettings, settings_module.read_yaml(os.path.join(ROOT, "config", f"{name}.yaml")))
