@@ -69,7 +69,7 @@ def held_out(trained, tokenizer, room, count):
 
 def reply(model, tokenizer, prompts, settings, rows):
     """The reply to each prompt, as chat.py would choose it."""
-    sampling = Sampling(min_new_tokens=1, banned=tokenizer.banned(model.config.vocab_size),
+    sampling = Sampling(min_new_tokens=1, banned=tokenizer.banned(model.config.vocab_size), exempt=tokenizer.parts(),
                         **{name: getattr(settings, name) for name in chat.SAMPLING})
     generator = torch.Generator(model.embedding.weight.device).manual_seed(settings.seed)
     replies, at_once = [], max(1, rows // settings.best_of)

@@ -10,6 +10,8 @@ import data
 import runtime as rt
 from runs import ROOT
 from settings import UserError
+from test_chat import make, talk
+from tokenizer import SEP
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +93,15 @@ def test_the_original_recipe_trains_on_pads_and_goes_on_with_the_batch_that_come
     assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), again.model.parameters()))
     for (mine, _), (theirs, _) in zip(itertools.islice(run.batches, 5), again.batches):
         assert all(np.array_equal(a, b) for a, b in zip(mine, theirs))
+
+
+def test_replies_are_measured_as_chat_makes_them():
+    """Letters, which no_repeat_ngram leaves alone in chat.py, were not to repeat here."""
+    import chat_quality
+    conversation = make("gpt2", silent=True, temperature=0, no_repeat_ngram=1, max_new_tokens=20)
+    prompt = [*conversation.tokenizer.encode("你好").tolist(), SEP]
+    replies = chat_quality.reply(conversation.model, conversation.tokenizer, [prompt], conversation.settings, 1)
+    assert replies == [talk(conversation, "你好")]
 
 
 @pytest.mark.soak
