@@ -19,6 +19,7 @@ from quantize import quantize
 SHAPES = {"7M": dict(n_layer=6, n_head=4, n_embd=256), "90M": dict(n_layer=12, n_head=12, n_embd=768),
           "300M": dict(n_layer=26, n_head=15, n_embd=960)}
 VOCABULARY = 7587
+WAYS = ["original", "float32", "bfloat16", "int8", "int4", "transformers"]
 SAMPLING = dict(temperature=0.65, top_p=0.92)  # as shipped
 
 
@@ -28,7 +29,7 @@ def main():
     parser.add_argument("--arch", choices=["gpt2", "modern"], default="gpt2")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--context", type=int, nargs="+", default=[128])
-    parser.add_argument("--ways", nargs="+", default=["original", "float32", "bfloat16", "int8", "int4", "transformers"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--tokens", type=int, default=32, help="new tokens in a measurement; the original's way makes an eighth")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -69,11 +70,13 @@ def measure(ways, batch, context, options):
 
 def prepare(way, options):
     """(function of prompt ids (B, T) and a number of new tokens that returns seconds, bytes of weights read for a token), or
-    None where the way is missing."""
+    None where the way is missing: transformers is not installed, or the device is no CPU."""
     shape = SHAPES[options.shape]
     block_size = max(options.context) + options.tokens + 1
     if way == "transformers":
         return prepare_transformers(shape, block_size, options)
+    if way in ("int8", "int4") and options.device != "cpu":
+        return None
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=VOCABULARY, arch=options.arch, block_size=block_size, **shape)).eval().requires_grad_(False)
     model.norm.weight.data.mul_(8)  # predictions as peaked as a trained model's, not nearly uniform ones: sampling sorts the nucleus

@@ -1,3 +1,4 @@
+import argparse
 import itertools
 import json
 import os
@@ -102,6 +103,12 @@ def test_replies_are_measured_as_chat_makes_them():
     prompt = [*conversation.tokenizer.encode("你好").tolist(), SEP]
     replies = chat_quality.reply(conversation.model, conversation.tokenizer, [prompt], conversation.settings, 1)
     assert replies == [talk(conversation, "你好")]
+
+
+def test_decoding_on_another_device_leaves_out_what_only_a_cpu_does():
+    import decode
+    options = argparse.Namespace(shape="7M", arch="gpt2", context=[16], tokens=4, device="meta")
+    assert [way for way in ("original", "bfloat16", "int8", "int4") if decode.prepare(way, options)] == ["original", "bfloat16"]
 
 
 @pytest.mark.soak
