@@ -83,11 +83,10 @@ def prepare(way, options):
     model.to(options.device, torch.float32 if way in ("original", "float32") else torch.bfloat16)
     if way in ("int8", "int4"):
         quantize(model, way)
-    read = {id(tensor): tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-            if model.config.tied and way not in ("int8", "int4") or not name.startswith("embedding")}
-    for module in model.modules():  # packed weights are plain tensors
-        read |= {id(value): value for value in vars(module).values() if isinstance(value, torch.Tensor)}
-    size = sum(tensor.numel() * tensor.element_size() for name, tensor in read.items())
+    read = [parameter for name, parameter in model.named_parameters()
+            if model.config.tied and way not in ("int8", "int4") or not name.startswith("embedding")]
+    read += [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]  # packed weights
+    size = sum(tensor.numel() * tensor.element_size() for tensor in read)
     if way == "original":
         return lambda ids, tokens: original_way(model, ids.to(options.device), tokens), size
     make = functools.lru_cache(1)(lambda batch: KVCache(model.config, batch, block_size, options.device, model.embedding.weight.dtype))
