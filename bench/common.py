@@ -221,7 +221,7 @@ def ours(settings, documents, vocab_size, runtime):
 
     def batches():
         for number in range(settings.max_epoch):
-            epoch = data.Epoch(documents, settings.block_size, settings.seed, number)
+            epoch = data.Epoch(documents, settings.block_size, settings.seed, number, settings.chain)
             for row in range(0, len(epoch), settings.train_batch):
                 yield epoch.batch(row, row + settings.train_batch), epoch.real_targets(row, row + settings.train_batch)
 

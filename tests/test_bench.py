@@ -96,6 +96,16 @@ def test_the_original_recipe_trains_on_pads_and_goes_on_with_the_batch_that_come
         assert all(np.array_equal(a, b) for a, b in zip(mine, theirs))
 
 
+def test_our_step_takes_the_rows_that_train_py_takes():
+    import common
+    keys = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, train_batch=4, chain=1.0, device="cpu")
+    settings = common.settings_module.build(common.TrainSettings, keys)
+    documents = in_memory(*[[5, 6, 7, 8]] * 40)
+    arrays, count = next(common.ours(settings, documents, 32, rt.start(settings)).batches)
+    epoch = data.Epoch(documents, 16, settings.seed, 0, settings.chain)
+    assert count == epoch.real_targets(0, 4) and all(map(np.array_equal, arrays, epoch.batch(0, 4)))
+
+
 def test_replies_are_measured_as_chat_makes_them():
     """Letters, which no_repeat_ngram leaves alone in chat.py, were not to repeat here."""
     import chat_quality
