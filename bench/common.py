@@ -19,8 +19,9 @@ if ROOT not in sys.path:  # `python bench/x.py` puts bench/ there, not the folde
 import data  # noqa: E402
 import runtime as rt  # noqa: E402
 import settings as settings_module  # noqa: E402
-from model import Recorded  # noqa: E402
-from optim import clip  # noqa: E402
+import tokenizer as tokenizer_module  # noqa: E402
+from model import GPT, GPTConfig, Recorded  # noqa: E402
+from optim import clip, make_optimizers  # noqa: E402
 from settings import TrainSettings  # noqa: E402
 from tokenizer import PAD  # noqa: E402
 
@@ -204,15 +205,12 @@ class Contender:
 
 def open_store(settings):
     """(training Documents, held-out Documents, tokenizer) of the settings' corpus: the same for every contender."""
-    import tokenizer
     store = data.prepare(settings)
-    return data.Documents(store, "train"), data.Documents(store, "val"), tokenizer.load(os.path.join(store, "tokenizer.json"))
+    return data.Documents(store, "train"), data.Documents(store, "val"), tokenizer_module.load(os.path.join(store, "tokenizer.json"))
 
 
 def ours(settings, documents, vocab_size, runtime):
     """The project's own step as train.py takes it: packed rows, its loss, its optimizers."""
-    from model import GPT, GPTConfig
-    from optim import make_optimizers
     torch.manual_seed(settings.seed)
     model = GPT(GPTConfig.of(settings, vocab_size)).to(runtime.device).train()
     model.checkpointing = settings.checkpointing
@@ -229,9 +227,5 @@ def ours(settings, documents, vocab_size, runtime):
         with runtime.autocast():
             return model(inputs, targets, numbers) / count
 
-    def nats(inputs, targets):
-        with runtime.autocast():
-            return model.loss(inputs, targets)
-
-    optimizers = make_optimizers(model, settings, runtime.dtype)
-    return Contender(model, optimizers, batches(), loss, nats, runtime, settings.grad_clip, record=rt.can_record(runtime, settings, 1))
+    optimizers, record = make_optimizers(model, settings, runtime.dtype), rt.can_record(runtime, settings, 1)
+    return Contender(model, optimizers, batches(), loss, model.loss, runtime, settings.grad_clip, record=record)

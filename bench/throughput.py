@@ -4,6 +4,7 @@ Each contender is warmed up (compiled), then all train in turns for --seconds, -
 token is a target that counts: filling does not. MFU is against the matrix-product rate measured in the same turns.
 """
 
+import dataclasses
 import os
 import statistics
 import time
@@ -19,7 +20,6 @@ import settings as settings_module
 
 def contenders(settings, training, vocab_size, runtime):
     """{name: function that makes the contender}"""
-    import dataclasses
     ours = lambda compile: common.ours(dataclasses.replace(settings, compile=compile), training, vocab_size, runtime)
     arguments = (settings, training, vocab_size, runtime)
     makers = dict(ours=lambda: ours(True), ours_eager=lambda: ours(False), original=lambda: original.contender(*arguments))
