@@ -6,7 +6,7 @@ import original
 import torch
 
 
-def step_functions(model, logits_of, runtime, compile, compile_loss=False):
+def step_functions(logits_of, runtime, compile, compile_loss=False):
     """(loss, nats) of a model whose `logits_of(inputs)` are (B, T, V), under the runtime's autocast; compiled whole, or what comes
     after the logits alone."""
     cross_entropy = torch.compile(original.cross_entropy) if compile_loss else original.cross_entropy
@@ -42,7 +42,7 @@ def nanogpt(settings, documents, vocab_size, runtime, lr=1e-3, compile=True):
             yield (stream[rows], stream[rows + 1]), rows.size
 
     return common.Contender(model, [original.adamw(model, lr, fused=True)], batches(),
-                            *step_functions(model, model, runtime, compile), runtime)
+                            *step_functions(model, runtime, compile), runtime)
 
 
 def transformers_model(kind, settings, vocab_size):
@@ -95,4 +95,4 @@ def transformers(settings, documents, vocab_size, runtime, kind="gpt2", lr=1e-3,
 
     logits_of = lambda inputs: model(input_ids=inputs).logits
     return common.Contender(model, [original.adamw(model, lr, fused=True)], batches(),
-                            *step_functions(model, logits_of, runtime, compile and not by_layer, by_layer), runtime, factor=factor)
+                            *step_functions(logits_of, runtime, compile and not by_layer, by_layer), runtime, factor=factor)
