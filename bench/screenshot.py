@@ -38,11 +38,9 @@ def converse(path, settings, lines):
         child = pexpect.spawn(sys.executable, ["chat.py", path, f"history_path={folder}/history", *settings], encoding="utf-8",
                               dimensions=(LINES, COLUMNS), env=os.environ | {"TERM": "xterm-256color"})
         screen.write_process_input = child.send
-        prompts = 0
         for line in [*lines, None]:
-            prompts += 1
             seen, quiet = "", 0
-            while seen.count("\x1b[?2004h") < 1 or quiet < 5:  # a prompt, and then half a second of silence
+            while "\x1b[?2004h" not in seen or quiet < 5:  # a prompt, and then half a second of silence
                 try:
                     text = child.read_nonblocking(65536, timeout=0.1)
                     seen, quiet = seen + text, 0
