@@ -89,7 +89,6 @@ def go_on(path, identity, other):
 
 def keep(path, identity, other, runs):
     if path:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         checkpoint.write(path, dict(identity=identity, baseline=other.state(), runs=runs))
 
 
@@ -99,11 +98,9 @@ def report(options, curve, runs):
     rows = []
     for run in sorted(runs, key=lambda run: (run["mode"], run["steps"])):
         there = next((seconds for seconds, loss in curve if loss <= run["loss"]), None)  # when the baseline was as good
-        times = ["never", "never"] if there is None else [there / run["all_in"], there / run["training"]]
-        row = [run["mode"], run["steps"], f"{run['loss']:.4f}", run["all_in"], run["start"], run["training"],
-               "not yet" if there is None else round(there)]
-        rows.append(row + [f"{t:.1f}x" if there else f"more than {curve[-1][0] / run[name]:.1f}x" for t, name in
-                           zip(times, ("all_in", "training"))])
+        times = [f"{there / run[name]:.1f}x" if there else f"more than {curve[-1][0] / run[name]:.1f}x" for name in ("all_in", "training")]
+        rows.append([run["mode"], run["steps"], f"{run['loss']:.4f}", run["all_in"], run["start"], run["training"],
+                     "not yet" if there is None else round(there), *times])
     common.table(["train.py", "steps", "loss", "all in s", "start and compile s", "steps alone s", f"{options.against}'s s",
                   "times less, all in", "steps alone"], rows)
     print(f"{options.against}: validation loss {min(losses):.4f} in {curve[-1][0]:.0f} s")
