@@ -8,18 +8,16 @@ classifiers trained on them. Needs scikit-learn, which nothing else here does.
 
 import argparse
 import json
-import os
-import sys
 
+import common  # noqa: F401  first: it makes the folder above importable
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import f1_score
 from sklearn.model_selection import train_test_split
 from sklearn.svm import LinearSVC
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-import reviews  # noqa: E402
+import reviews
+import settings as settings_module
 
 
 def main():
@@ -51,4 +49,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    settings_module.main(main)

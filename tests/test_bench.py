@@ -2,6 +2,8 @@ import argparse
 import itertools
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -119,6 +121,12 @@ def test_decoding_on_another_device_leaves_out_what_only_a_cpu_does():
     import decode
     options = argparse.Namespace(shape="7M", arch="gpt2", context=[16], tokens=4, device="meta")
     assert [way for way in ("original", "bfloat16", "int8", "int4") if decode.prepare(way, options)] == ["original", "bfloat16"]
+
+
+def test_a_missing_file_ends_a_benchmark_in_one_line():
+    pytest.importorskip("sklearn")
+    done = subprocess.run([sys.executable, "bench/linear.py", "none.csv"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: none.csv does not exist") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.soak
