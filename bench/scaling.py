@@ -10,10 +10,10 @@ import subprocess
 import sys
 import time
 
+import common  # first: it makes the folder above importable
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import runtime as rt
 import settings as settings_module
 from model import GPT, GPTConfig
@@ -79,8 +79,7 @@ def measure(settings, runtime, steps):
             rt.add_up(runtime, 0)
             begin = time.perf_counter()
             work()
-            if runtime.device.type == "cuda":
-                torch.cuda.synchronize()
+            common.synchronize(runtime.device)
             rt.add_up(runtime, 0)
             times.append(time.perf_counter() - begin)
         return sorted(times[2:])[steps // 2]
