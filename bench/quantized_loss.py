@@ -28,14 +28,14 @@ def main():
     trained = settings_module.build(TrainSettings, meta["settings"] | settings_module.overrides(options.override))
     store = data.prepare(trained, tokenizer)
     rows = data.Epoch(data.Documents(store, "val"), model.config.block_size, 0, 0)
+    batches = [torch.from_numpy(array).split(8) for array in rows.batch(0, min(options.rows, len(rows)))]
     first = None
     for kind in ("float32", "bfloat16", "int8", "int4"):
         other = copy.deepcopy(model).requires_grad_(False).to(torch.float32 if kind == "float32" else torch.bfloat16)
         if kind in ("int8", "int4"):
             quantize(other, kind)
         nats = count = 0
-        for row in range(0, min(options.rows, len(rows)), 8):
-            inputs, targets, numbers = map(torch.from_numpy, rows.batch(row, row + 8))
+        for inputs, targets, numbers in zip(*batches):
             logits = other.logits(other.hidden(inputs, numbers))
             nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=data.IGNORE, reduction="sum").item()
             count += (targets != data.IGNORE).sum().item()

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import data
 import runtime as rt
-from runs import ROOT
+from runs import ROOT, write_corpus
 from settings import UserError
 from test_chat import make, talk
 from tokenizer import SEP
@@ -127,6 +128,23 @@ def test_a_missing_file_ends_a_benchmark_in_one_line():
     pytest.importorskip("sklearn")
     done = subprocess.run([sys.executable, "bench/linear.py", "none.csv"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: none.csv does not exist") and done.stderr.count("\n") == 1
+
+
+def test_as_many_rows_are_scored_with_fewer_bits_as_were_asked_for(tmp_path, monkeypatch):
+    import common
+    import quantized_loss
+
+    from model import GPT, GPTConfig
+    write_corpus(tmp_path / "corpus.txt")
+    keys = dict(data_path=str(tmp_path / "corpus.txt"), train_percent=0.5)
+    _, held_out, tokenizer = common.open_store(common.settings_module.build(common.TrainSettings, keys))
+    model = GPT(GPTConfig(tokenizer.size, block_size=32, n_layer=1, n_head=2, n_embd=32))
+    checkpoint.write(str(tmp_path / "a.pth"), checkpoint.describe(model, tokenizer) | dict(settings=keys))
+    monkeypatch.setattr(sys, "argv", ["quantized_loss.py", str(tmp_path / "a.pth"), "--rows", "9"])
+    counts = []
+    monkeypatch.setattr(common, "record", lambda path, name, tokens, **values: counts.append(tokens))
+    quantized_loss.main()
+    assert counts == [data.Epoch(held_out, 32, 0, 0).real_targets(0, 9)] * 4
 
 
 @pytest.mark.soak
