@@ -32,12 +32,12 @@ def main():
     parser.add_argument("--seeds", default="1", help="figures are means over these, as 1,2,3")
     options = parser.parse_intermixed_args()
     values = settings_module.overrides(options.override)
-    _, _, meta = checkpoint.load_model(options.checkpoint)
-    trained = settings_module.build(TrainSettings, meta["settings"] | {k: v for k, v in values.items() if k == "data_path"})
-    ours = settings_module.build(ChatSettings, dict(seed=1) | values)
+    saved = checkpoint.read(options.checkpoint)["settings"]
+    trained = settings_module.build(TrainSettings, saved | {k: v for k, v in values.items() if k == "data_path"})
+    ours = settings_module.build(ChatSettings, values)
     model, tokenizer = chat.load(options.checkpoint, ours)
     prompts, truths = held_out(trained, tokenizer, model.config.block_size - ours.max_new_tokens, options.dialogues)
-    runs = {"the original's sampling": settings_module.build(ChatSettings, dict(seed=1) | ORIGINAL), "this project's": ours}
+    runs = {"the original's sampling": settings_module.build(ChatSettings, ORIGINAL), "this project's": ours}
     print(f"{options.checkpoint}, {len(prompts)} held-out dialogues")
     print(f"{'':<26}{'distinct-1':>11}{'distinct-2':>11}{'repeated 4-grams':>18}{'ten commonest':>15}{'length':>8}{'chrF':>7}")
     seeds = [int(seed) for seed in options.seeds.split(",")]
