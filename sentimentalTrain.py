@@ -55,18 +55,18 @@ def start(processes):
     predicting = options.predict is not None or options.predict_text is not None
     words = [word for word in options.config if "=" not in word or os.path.isfile(word)]  # it may lie in a folder called lr=0.01
     paths = [path for word in words for path in ([] if os.path.exists(word) else sorted(glob.glob(word))) or [word]]  # Windows expands no *
-    if predicting:
-        paths = [os.path.join(path, "best.pth") if os.path.isdir(path) else path for path in paths]
     over = settings_module.overrides(word for word in options.config if word not in words)
     if not paths:
         raise UserError("no configuration is named; config/demoSentimental.yaml is one")
-    if options.predict == "-" and processes.world > 1:
-        raise UserError("--predict - is for one process: several would each read a part of standard input; name a file")
-    if key := next((key for key in ("resume_from", "base_model") if predicting and key in over), None):
-        raise UserError(f"{key}={over[key]} is not used in predicting: name the classifier in place of the configuration")
-    if predicting and len(paths) > 1:
-        raise UserError(f"--predict takes one configuration or checkpoint, not {len(paths)}")
-    if not predicting and (models := [path for path in paths if path.endswith(".pth")]):
+    if predicting:
+        paths = [os.path.join(path, "best.pth") if os.path.isdir(path) else path for path in paths]
+        if len(paths) > 1:
+            raise UserError(f"--predict takes one configuration or checkpoint, not {len(paths)}")
+        if options.predict == "-" and processes.world > 1:
+            raise UserError("--predict - is for one process: several would each read a part of standard input; name a file")
+        if key := next((key for key in ("resume_from", "base_model") if key in over), None):
+            raise UserError(f"{key}={over[key]} is not used in predicting: name the classifier in place of the configuration")
+    elif models := [path for path in paths if path.endswith(".pth")]:
         raise UserError(f"{models[0]} is a checkpoint, not a configuration; to classify with it: --predict FILE, to train on: "
                         f"config/demoSentimental.yaml base_model={models[0]}")
     read = lambda path: {} if path.endswith(".pth") else settings_module.read_yaml(path)
