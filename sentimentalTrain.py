@@ -114,15 +114,15 @@ def check(settings, roots):
     """A UserError for what is wrong with a configuration, so far as a look at its files tells. `roots`: where all of them write."""
     if settings.base_model is None:
         raise UserError("base_model is not set; name a checkpoint, for example base_model=checkpoints/demo/best.pth")
-    roots, (folder, name) = list(map(os.path.realpath, roots)), os.path.split(settings.base_model)
+    roots, place = list(map(os.path.realpath, roots)), os.path.realpath(os.path.dirname(settings.base_model))
     if roots.count(os.path.realpath(settings.checkpoint_root)) > 1:
         raise UserError(f"checkpoint_root={settings.checkpoint_root} is shared by several configurations: each would set aside the "
                         "previous one's results; give each its own")
-    for root in roots if checkpoint.OURS.fullmatch(name) else []:
-        above, own = os.path.split(place := os.path.realpath(folder))
-        if place == root or above == root and re.fullmatch(r"seed\d+(-(split|fold)\d+)?", own):
-            raise UserError(f"base_model={settings.base_model} lies in checkpoint_root: a classifier would take its place, "
-                            "and the next run start from that; name another checkpoint_root")
+    if re.fullmatch(r"seed\d+(-(split|fold)\d+)?", os.path.basename(place)) and os.path.dirname(place) in roots:
+        place = os.path.dirname(place)  # one run of several has such a folder
+    if place in roots and checkpoint.OURS.fullmatch(os.path.basename(settings.base_model)):
+        raise UserError(f"base_model={settings.base_model} lies in checkpoint_root: a classifier would take its place, "
+                        "and the next run start from that; name another checkpoint_root")
     if (settings.data_path or "").lower().endswith((".csv", ".tsv")):
         raise UserError(f"data_path={settings.data_path} is for a corpus of dialogues; name reviews with sentimental_data_path")
     texts, labels, names, _ = reviews.read_reviews(settings.sentimental_data_path)
