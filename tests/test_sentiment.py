@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 
 import numpy as np
@@ -23,10 +22,11 @@ import sentimentalTrain
 import settings as settings_module
 import train
 from model import GPT, Classifier, GPTConfig, extended
-from runs import ROOT, finish, free_port, start, wait_for
+from runs import ROOT, THREAD, finish, start, wait_for
 from settings import ChatSettings, SentimentSettings, UserError
 from tokenizer import SEP, BPETokenizer, CharTokenizer
 
+SCRIPT = os.path.join(ROOT, "sentimentalTrain.py")
 GOOD, BAD = ["很好", "干净", "满意", "舒服"], ["很差", "太脏", "失望", "吵闹"]
 
 
@@ -361,7 +361,7 @@ def opened(path):
 def test_a_signal_ends_a_run_while_it_still_reads_its_files(config, tmp_path):
     """The wish to stop was noted and looked at in the first training step only."""
     os.mkfifo(tmp_path / "slow.csv")
-    process = start(config, f"sentimental_data_path={tmp_path}/slow.csv", script=os.path.join(ROOT, "sentimentalTrain.py"))
+    process = start(config, f"sentimental_data_path={tmp_path}/slow.csv", script=SCRIPT)
     place = wait_for(lambda: process.poll() is None and opened(tmp_path / "slow.csv"))
     process.terminate()  # SIGINT is ignored where the tests run in the background of a script
     status, _ = finish(process, 60)
@@ -697,10 +697,9 @@ def test_the_shipped_configurations_are_what_their_names_say(name):
 def test_one_and_two_processes_give_the_same_figures(config, tmp_path, monkeypatch):
     values = ["max_epoch=2", "dropout=0.2", "train_batch=6", "ngrams=2"]
     run(monkeypatch, config, f"checkpoint_root={tmp_path}/p1", *values)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1",
-               f"--master_port={free_port()}", "sentimentalTrain.py", config, f"checkpoint_root={tmp_path}/p2", *values]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    two_processes = start(config, f"checkpoint_root={tmp_path}/p2", *values, script=SCRIPT, torchrun=["--nproc_per_node=2"], **THREAD)
+    status, output = finish(two_processes)
+    assert status == 0, output
     one, two = (metrics(tmp_path / f"p{processes}")["runs"][0] for processes in (1, 2))
     assert one["test"]["confusion"] == two["test"]["confusion"] and one["epoch"] == two["epoch"]
     for a, b in zip(one["history"], two["history"]):
