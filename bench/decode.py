@@ -20,7 +20,7 @@ SHAPES = {"7M": dict(n_layer=6, n_head=4, n_embd=256), "90M": dict(n_layer=12, n
           "300M": dict(n_layer=26, n_head=15, n_embd=960)}
 VOCABULARY = 7587
 WAYS = ["original", "float32", "bfloat16", "int8", "int4", "transformers"]
-SAMPLING = dict(temperature=0.65, top_p=0.92)  # as shipped
+SAMPLING = dict(temperature=0.65, top_p=0.92)  # as shipped, but for no_repeat_ngram
 
 
 def main():
