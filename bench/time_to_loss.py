@@ -94,7 +94,7 @@ def keep(path, identity, other, runs):
 
 def report(options, curve, runs):
     """The table of our runs against the baseline's curve, and the curves as a picture."""
-    losses = [loss for _, loss in curve]
+    when, lowest = min(curve, key=lambda point: point[1])  # later it may rise again
     rows = []
     for run in sorted(runs, key=lambda run: (run["mode"], run["steps"])):
         there = next((seconds for seconds, loss in curve if loss <= run["loss"]), None)  # when the baseline was as good
@@ -103,13 +103,13 @@ def report(options, curve, runs):
                      "not yet" if there is None else round(there), *times])
     common.table(["train.py", "steps", "loss", "all in s", "start and compile s", "steps alone s", f"{options.against}'s s",
                   "times less, all in", "steps alone"], rows)
-    print(f"{options.against}: validation loss {min(losses):.4f} in {curve[-1][0]:.0f} s")
+    print(f"{options.against}: validation loss {lowest:.4f} in {when:.0f} s")
     for mode in sorted({run["mode"] for run in runs}):
-        reached = [run for run in runs if run["mode"] == mode and run["loss"] <= min(losses)]
+        reached = [run for run in runs if run["mode"] == mode and run["loss"] <= lowest]
         for name in ("all_in", "training"):
             if reached:
                 best = min(run[name] for run in reached)
-                print(f"that loss by train.py ({mode}), {name}: {best:.1f} s, {curve[-1][0] / best:.1f} times less")
+                print(f"that loss by train.py ({mode}), {name}: {best:.1f} s, {when / best:.1f} times less")
     for target in options.targets:
         there = next((f"{seconds:.0f} s" for seconds, loss in curve if loss <= target), "not reached")
         mine = min((run["all_in"] for run in runs if run["loss"] <= target), default=None)

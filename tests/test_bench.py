@@ -147,6 +147,15 @@ def test_as_many_rows_are_scored_with_fewer_bits_as_were_asked_for(tmp_path, mon
     assert counts == [data.Epoch(held_out, 32, 0, 0).real_targets(0, 9)] * 4
 
 
+def test_a_baseline_whose_loss_rose_again_is_measured_by_its_best(tmp_path, capsys):
+    import time_to_loss
+    run = dict(mode="eager", steps=10, loss=3.5, all_in=5.0, start=1.0, training=4.0)
+    options = argparse.Namespace(against="original", targets=[], png=str(tmp_path / "curves.png"))
+    time_to_loss.report(options, [(10.0, 5.0), (20.0, 3.6), (30.0, 4.0)], [run])
+    told = capsys.readouterr().out
+    assert "validation loss 3.6000 in 20 s" in told and "all_in: 5.0 s, 4.0 times less" in told
+
+
 @pytest.mark.soak
 def test_every_benchmark_runs_in_smoke_mode(tmp_path, capsys):
     import original
