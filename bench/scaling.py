@@ -1,6 +1,6 @@
 """How training scales over processes: measured here, and a model of what 8 and 16 GPUs would give.
 
-python bench/scaling.py measure [--processes 1 2 4] [CONFIG] [key=value …]
+python bench/scaling.py measure [CONFIG] [key=value …] [--processes 1 2 4]
 python bench/scaling.py model [CONFIG …]
 """
 
