@@ -65,7 +65,7 @@ class Conversation:
 
     def forget(self, count):
         """Takes back the last `count` utterances."""
-        del self.utterances[len(self.utterances) - count:]
+        del self.utterances[-count:]
         if self.first >= len(self.utterances):
             self.first = 0
 
