@@ -43,8 +43,8 @@ class Processes:
         self.torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         self.parent = os.getppid() if self.torchrun else None
         self.store, self.waits, self.claimed = None, 0, {}
-        if self.world == 1:  # RANK alone is another program's
-            self.rank = self.local_rank = 0
+        if self.world == 1:  # the others alone are another program's
+            self.rank, self.local_rank, self.local_world = 0, 0, 1
         elif "MASTER_ADDR" not in os.environ:
             raise UserError(f"WORLD_SIZE={self.world} is set, but torchrun did not start this: unset it, or start with torchrun")
 

@@ -583,7 +583,8 @@ def test_a_configuration_for_several_processes_says_that_it_trains_on_one(traine
 
 def test_what_another_launcher_left_in_the_environment_is_no_process_of_ours(tmp_path):
     config = runs.write_config(str(tmp_path), max_steps=2)
-    assert "processes: 1" in runs.run(config, "--dry-run", RANK="1", LOCAL_RANK="1")
+    output = runs.run(config, "--dry-run", RANK="1", LOCAL_RANK="1", LOCAL_WORLD_SIZE="8")
+    assert f"processes: 1, threads: {len(os.sched_getaffinity(0))}\n" in output  # not an eighth of the cores
     status, output = runs.finish(runs.start(config, WORLD_SIZE="2", RANK="0"))
     assert status == 2 and "error: WORLD_SIZE=2 is set, but torchrun did not start this" in output and "Traceback" not in output
 
