@@ -222,7 +222,7 @@ def unpack(content, path):
         model.load_state_dict(content["model"], assign=True)
         tokenizer = tokenizer_module.from_state(content["tokenizer"])
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged or was changed: {str(error).splitlines()[0]}")
+        raise UserError(f"{path} is damaged or was changed: {str(error).splitlines()[-1].strip()[:200]}")  # PyTorch's first is a heading
     if model.config.tied:
         model.head.weight = model.embedding.weight
     return model.eval(), tokenizer

@@ -103,6 +103,16 @@ def test_a_file_of_other_content_is_refused(tmp_path, change):
         checkpoint.load_model(str(tmp_path / "cpt1.pth"))
 
 
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    for name, change in (("Missing.*norm.weight", lambda c: c["model"].pop("norm.weight")),
+                         ("size mismatch for .*weight", lambda c: c["config"].update(n_embd=16))):
+        content = make_content() | dict(format=checkpoint.FORMAT)
+        change(content)
+        torch.save(content, tmp_path / "cpt1.pth")
+        with pytest.raises(UserError, match=name):
+            checkpoint.load_model(str(tmp_path / "cpt1.pth"))
+
+
 def test_other_files_are_refused(tmp_path):
     for name, content in (("empty", b""), ("text", b"hello\n"), ("yaml", b"lr: 1\n")):
         (tmp_path / name).write_bytes(content)
