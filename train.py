@@ -311,7 +311,7 @@ def compile_or_say(model, runtime):
         model.compile_parts()
         runtime.say("compile=True: the first step may take a minute, and Ctrl-C waits for its end")
     except Exception as error:
-        runtime.say(f"compile=True does not work here, going on without: {str(error).splitlines()[0]}")
+        runtime.say(f"compile=True does not work here, going on without: {(str(error) or repr(error)).splitlines()[0]}")
 
 
 def choose_micro_batch(settings, runtime, model, rows):

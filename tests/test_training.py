@@ -602,6 +602,14 @@ def test_a_compiler_that_does_not_work_is_named_and_training_goes_on_without(tmp
     assert "compile=True does not work here, going on without: " in output and "finished after 2 steps" in output
 
 
+def test_a_compiler_that_fails_without_a_word_is_no_error_either(trained, monkeypatch):
+    def failing(*_, **__):
+        raise AssertionError
+    monkeypatch.setattr(torch, "compile", failing)
+    status, output, _ = trained(compile=True, max_steps=1)
+    assert status == 0 and "compile=True does not work here, going on without: AssertionError()\n" in output
+
+
 @pytest.mark.soak
 def test_the_memory_of_training_does_not_grow_with_the_corpus(tmp_path):
     script = tmp_path / "memory.py"
