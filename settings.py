@@ -31,7 +31,7 @@ class UserError(Exception):
     """Something a user can put right: `main` makes it one line on standard error and exit status 2."""
 
 
-def key(default, help, low=None, high=None, choices=None):
+def key(default, help, low=-math.inf, high=math.inf, choices=None):
     """A documented dataclass field. `low` and `high` are inclusive bounds."""
     return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 
@@ -178,9 +178,8 @@ def _parse(field, value):
         if choices and parsed not in choices:
             raise UserError(f"{name}={parsed} is not one of {', '.join(choices)}")
         for number in parsed if isinstance(parsed, list) else [parsed] if kind in (int, float) else []:
-            if (low is not None and number < low) or (high is not None and number > high):
-                raise UserError(f"{name}={value} must be {'' if low is None else f'at least {low}'}"
-                                f"{' and ' if None not in (low, high) else ''}{'' if high is None else f'at most {high}'}")
+            if not low <= number <= high:
+                raise UserError(f"{name}={value} must be at least {low}" + (f" and at most {high}" if high < math.inf else ""))
         return parsed
     plain = {types.NoneType: "empty", int: "a whole number", float: "a number", bool: "True or False", str: "text"}
     names = " or ".join(plain.get(kind, "a list of whole numbers") for kind in allowed)
@@ -251,7 +250,7 @@ def _check_pairs(settings):
         raise UserError(f"folds={settings.folds} and split_path={settings.split_path} both say what is tested; leave one out")
     if has("micro_batch") and settings.micro_batch != "auto" and not (isinstance(settings.micro_batch, int) and settings.micro_batch > 0):
         raise UserError(f"micro_batch={settings.micro_batch} must be auto or a number of rows, at least 1")
-    if has("train_percent") and not settings.train_percent > 0:
+    if has("train_percent") and settings.train_percent == 0:
         raise UserError("train_percent=0 leaves nothing to train on; use 0.98, say")
     if has("sentimental_data_path") and settings.train_percent == 1 and not has("folds") and not has("split_path"):
         raise UserError("train_percent=1 leaves nothing to test; use 0.8, say")
