@@ -254,12 +254,12 @@ def explain_processes(runtime, values):
 
 def pick_device(name, processes):
     """The torch device that a setting means here; one that is missing is replaced by the CPU, with a line."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", name):
+        raise UserError(f"device={name} is not one of auto, cpu, cuda, cuda:N, mps")
     kind, _, index = name.partition(":")
     mps = torch.backends.mps.is_available() and processes.world == 1  # gloo does not exchange its tensors
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if kind not in ("cpu", "cuda", "mps") or (index and not (index.isdecimal() and name.startswith("cuda:"))):
-        raise UserError(f"device={name} is not one of auto, cpu, cuda, cuda:N, mps")
     if kind == "cuda" and not torch.cuda.is_available() or kind == "mps" and not mps:
         if processes.rank == 0:
             print(f"device={name} is not there: using the CPU", file=sys.stderr, flush=True)

@@ -589,6 +589,12 @@ def test_what_another_launcher_left_in_the_environment_is_no_process_of_ours(tmp
     assert status == 2 and "error: WORLD_SIZE=2 is set, but torchrun did not start this" in output and "Traceback" not in output
 
 
+@pytest.mark.parametrize("name", ["cuda:", "cuda:x", "cuda:-1", "cpu:0", "auto:0", "gpu", "CPU"])
+def test_a_device_that_is_none_is_refused(name):
+    with pytest.raises(settings_module.UserError, match=f"device={name} is not one of"):
+        rt.pick_device(name, rt.Processes())
+
+
 def test_with_nothing_held_out_the_newest_checkpoint_is_the_best(trained):
     status, output, folder = trained(train_percent=1, max_steps=4, eval_freq=2, patience=1)
     assert status == 0 and "0 dialogues held out" in output and "patience=1 is not used: nothing is held out" in output
