@@ -291,14 +291,13 @@ def starting_point(settings, runtime, path, saved, made):
 def load_optimizers(optimizers, scaler, saved):
     """Takes over the optimizers' states, but keeps the learning rates and weight decays that the settings ask for."""
     for optimizer, state in zip(optimizers, saved.get("optimizer") or []):
-        groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+        groups = optimizer.param_groups
         try:
             optimizer.load_state_dict(state)
         except ValueError as error:
             raise UserError(f"the checkpoint's optimizer is another one ({error}); use the same `optimizer` (an original's file: adamw), "
                             "or start anew")
-        for group, kept in zip(optimizer.param_groups, groups):
-            group.update(kept)
+        optimizer.param_groups = groups  # load_state_dict made new ones
     if saved.get("optimizer") and saved.get("scaler"):  # empty where that run needed none
         scaler.load_state_dict(saved["scaler"])
 
