@@ -293,20 +293,18 @@ def _optimizer_state(content, config):
     saved = content.get("optimizer")
     if not saved or not saved["state"]:
         return None
-    theirs = {_our_name(name): tensor.dim() for name, tensor in content["state_dict"].items()
-              if not name.endswith((".mask", "lm_head.weight"))}
+    in_order = lambda named: sorted(named, key=lambda name: named[name].dim() < 2)  # a stable sort: matrices first
+    theirs = {_our_name(name): tensor for name, tensor in content["state_dict"].items() if not name.endswith((".mask", "lm_head.weight"))}
     ids = [i for group in saved["param_groups"] for i in group["params"]]
-    id_of = dict(zip(sorted(theirs, key=lambda name: theirs[name] < 2), ids, strict=True))  # a stable sort: matrices first
+    id_of = dict(zip(in_order(theirs), ids, strict=True))
     with torch.device("meta"):
-        ours = {name: parameter.dim() for name, parameter in GPT(config).named_parameters()}
-    names = sorted(ours, key=lambda name: ours[name] < 2)
-    state = {i: dict(saved["state"][id_of[name]]) for i, name in enumerate(names)}
+        ours = dict(GPT(config).named_parameters())
+    state = {i: dict(saved["state"][id_of[name]]) for i, name in enumerate(in_order(ours))}
     for moment in ("exp_avg", "exp_avg_sq"):
         state[0][moment] = _padded(state[0][moment], config.rows)  # the embedding
-    matrices = sum(dim == 2 for dim in ours.values())
-    groups = [dict(saved["param_groups"][0], fused=True, params=list(range(matrices))),
-              dict(saved["param_groups"][-1], fused=True, params=list(range(matrices, len(names))))]
-    return [dict(state=state, param_groups=groups)]
+    matrices = sum(parameter.dim() == 2 for parameter in ours.values())
+    groups = [dict(fused=True, params=list(members)) for members in (range(matrices), range(matrices, len(ours)))]
+    return [dict(state=state, param_groups=groups)]  # learning rates and the like are the settings'
 
 
 def original_vocabulary(corpus, vocab_size, path):
