@@ -51,8 +51,8 @@ def train(settings, runtime, dry_run, begin):
     if saved and (size := saved["config"]["block_size"]) != settings.block_size:
         raise UserError(f"{path} has block_size={size}, not {settings.block_size}: give block_size={size}")
     settings = keep_split(settings, runtime, path, saved, tokenizer)
-    before = saved and saved["progress"].get("store")  # a classifier's has none, nor has the original's
-    store = runtime.processes.once(lambda: data.prepare(settings, tokenizer, before))  # the others wait
+    trained_on = saved and saved["progress"].get("store")  # a classifier's has none, nor has the original's
+    store = runtime.processes.once(lambda: data.prepare(settings, tokenizer, trained_on))  # the others wait
     tokenizer = tokenizer_module.load(os.path.join(store, "tokenizer.json"))
     if settings.vocab_size and tokenizer.size > settings.vocab_size:
         runtime.say(f"vocab_size={tokenizer.size}, as in {path or settings.tokenizer}, not {settings.vocab_size}")
