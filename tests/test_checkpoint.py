@@ -250,7 +250,6 @@ import sys
 sys.path.insert(0, sys.argv[2])
 import torch
 import checkpoint
-import data
 print("ready", flush=True)
 for step in range(1, 10**6):
     path = checkpoint.save(sys.argv[1], step, dict(progress=dict(step=step), model=dict(weight=torch.full((300_000,), step))), keep=1)

@@ -83,20 +83,19 @@ def test_the_other_scripts_values_are_checked_too(script, values, message):
                                              ("LR", "lr"), ("Batch_Size", "train_batch"),
                                              ("Device", "device"), ("blocksize", "block_size"), ("temprature", "temperature")])
 def test_an_unknown_key_names_a_known_one(wrong, near):
-    with pytest.raises(UserError, match=f"unknown key '{wrong}'; did you mean '") as error:
+    with pytest.raises(UserError, match=f"unknown key '{wrong}'; did you mean '{near}'"):
         build(TrainSettings, {wrong: 1})
-    named = str(error.value).split("did you mean '")[1].split("'")[0]
-    assert named in settings.KNOWN
-    if wrong != "learning_rate":  # not spelt like lr
-        assert named == near
-    with pytest.raises(UserError):
+
+
+def test_a_key_that_is_no_text_is_refused_too():
+    with pytest.raises(UserError, match="unknown key 7"):
         build(TrainSettings, {7: 1})
 
 
-def test_keys_of_other_scripts_are_accepted_but_of_no_script_are_not():
+def test_keys_of_other_scripts_are_accepted_and_left_out():
     everything = {field.name: field.default for script in settings.SCRIPTS for field in dataclasses.fields(script)}
     for script in settings.SCRIPTS:
-        assert build(script, everything) == build(script, {name: everything[name] for name in (f.name for f in dataclasses.fields(script))})
+        assert build(script, everything) == build(script, {f.name: everything[f.name] for f in dataclasses.fields(script)})
 
 
 def test_overrides_win_over_the_file(tmp_path):
