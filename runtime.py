@@ -253,7 +253,7 @@ def explain_processes(runtime, values):
 
 
 def pick_device(name, processes):
-    """The torch device that a setting means here; one that is missing is replaced by the CPU, with a line."""
+    """The torch device that a setting means here; where there is no GPU the CPU, with a line."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", name):
         raise UserError(f"device={name} is not one of auto, cpu, cuda, cuda:N, mps")
     kind, _, index = name.partition(":")

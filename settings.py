@@ -40,7 +40,7 @@ def key(default, help, low=-math.inf, high=math.inf, choices=None):
 class Common:
     """Keys that every script understands."""
 
-    device: str = key("auto", "auto, cpu, cuda, cuda:N or mps; a missing device is replaced by the CPU, with a message")
+    device: str = key("auto", "auto, cpu, cuda, cuda:N or mps; where there is no GPU the CPU is used, with a message")
     dtype: str = key("auto", "precision of matrix products; auto: bfloat16 where the device is fast at it",
                      choices=("auto", "float32", "bfloat16", "float16"))
     seed: int = key(1337, "seed of weights, data order, dropout, sampling and the choice of what is held out", low=0, high=2**32 - 1)
