@@ -12,12 +12,16 @@ import runs
 TWO, FOUR = ["--nproc_per_node=2"], ["--nproc_per_node=4"]
 
 
-def nodes(config, per_node, *arguments):
-    """Outputs of two torchrun agents, a machine each, that train together."""
+def two_machines(per_node=1):
+    """The options of two torchrun agents, each a machine of so many processes."""
     port = runs.free_port()
-    started = [runs.start(config, *arguments, **runs.THREAD, torchrun=[
-        "--nnodes=2", f"--node_rank={rank}", f"--nproc_per_node={per_node}", "--master_addr=127.0.0.1", f"--master_port={port}"])
-        for rank in range(2)]
+    return [["--nnodes=2", f"--node_rank={rank}", f"--nproc_per_node={per_node}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+            for rank in range(2)]
+
+
+def nodes(config, per_node):
+    """Outputs of two torchrun agents that train together."""
+    started = [runs.start(config, torchrun=torchrun, **runs.THREAD) for torchrun in two_machines(per_node)]
     ended = [runs.finish(process) for process in started]
     assert [status for status, _ in ended] == [0, 0], ended
     return [output for _, output in ended]
@@ -334,11 +338,9 @@ with runtime.Processes() as processes:
 
 @pytest.mark.soak
 def test_the_processes_of_a_machine_share_the_orthogonalisation(tmp_path):
-    script, port = tmp_path / "shared.py", runs.free_port()
+    script = tmp_path / "shared.py"
     script.write_text(SHARED)
-    started = [runs.start(str(tmp_path), script=str(script), **runs.THREAD, torchrun=[
-        "--nnodes=2", f"--node_rank={rank}", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}"])
-        for rank in range(2)]
+    started = [runs.start(str(tmp_path), script=str(script), torchrun=torchrun, **runs.THREAD) for torchrun in two_machines(2)]
     outputs = [runs.finish(process)[1] for process in started]
     # In each step 2 of 3 matrices, 1 of 2 others, each of two blocks, and the last, which is one: 7 of 11.
     assert [output.count("machine of 2, 21 blocks, agrees True") for output in outputs] == [2, 2], outputs
@@ -356,15 +358,14 @@ def test_processes_share_the_cores_unless_the_user_says_otherwise(tmp_path):
 @pytest.mark.soak
 def test_a_machine_without_the_checkpoint_ends_all_with_a_line(references, tmp_path):
     two, _ = references(2)
-    port, started = runs.free_port(), []
-    for rank, folder in enumerate((os.path.join(two, "checkpoints"), str(tmp_path / "empty"))):
+    started = []
+    for rank, torchrun in enumerate(two_machines()):
         place = tmp_path / f"machine{rank}"  # each has its own disk: its own current folder
         place.mkdir()
         if rank == 0:
-            os.symlink(folder, place / "checkpoints")
+            os.symlink(os.path.join(two, "checkpoints"), place / "checkpoints")
         config = runs.write_config(str(place), checkpoint_root="checkpoints", resume_from="auto", max_steps=30)
-        started.append(runs.start(config, cwd=str(place), torchrun=["--nnodes=2", f"--node_rank={rank}", "--nproc_per_node=1",
-                                                                   "--master_addr=127.0.0.1", f"--master_port={port}"]))
+        started.append(runs.start(config, cwd=str(place), torchrun=torchrun))
     ended = [runs.finish(process, 60) for process in started]
     assert all(status != 0 for status, _ in ended)
     assert ended[1][1].count("cpt30.pth, which rank 0 goes on from, is not on") == 1, ended
@@ -372,15 +373,14 @@ def test_a_machine_without_the_checkpoint_ends_all_with_a_line(references, tmp_p
 
 @pytest.mark.soak
 def test_a_machine_with_other_reviews_ends_all_with_a_line(references, tmp_path):
-    base, port, started = os.path.join(references(2)[0], "checkpoints/last.pth"), runs.free_port(), []
-    for rank in range(2):
+    base, started = os.path.join(references(2)[0], "checkpoints/last.pth"), []
+    for rank, torchrun in enumerate(two_machines()):
         place = tmp_path / f"machine{rank}"
         place.mkdir()
         lines = [f"{i % 2},{'good' if i % 2 else 'bad'} {i}" for i in range(40)][::1 - 2 * rank]
         (place / "reviews.csv").write_text("\n".join(["label,review", *lines]))
         (place / "s.yaml").write_text(f"sentimental_data_path: reviews.csv\nbase_model: {base}\ndevice: cpu\ntrain_percent: 0.5\n")
-        started.append(runs.start("s.yaml", cwd=str(place), script=os.path.join(runs.ROOT, "sentimentalTrain.py"), torchrun=[
-            "--nnodes=2", f"--node_rank={rank}", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]))
+        started.append(runs.start("s.yaml", cwd=str(place), script=os.path.join(runs.ROOT, "sentimentalTrain.py"), torchrun=torchrun))
     ended = [runs.finish(process, 60) for process in started]
     assert all(status != 0 for status, _ in ended)
     assert re.search(r"has reviews.csv \(\w+\) where rank 0 has reviews.csv \(\w+\): give every machine the same files", ended[1][1]), ended
