@@ -338,7 +338,8 @@ class StopSignal:
 
     def _notice(self, number, frame):
         if self.asked and number == signal.SIGINT:
-            os.write(2, b"\nleaving at once\n")
+            with contextlib.suppress(OSError):  # as for _Output
+                os.write(2, b"\nleaving at once\n")
             os._exit(130)
         self.asked = True
 
