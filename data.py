@@ -97,17 +97,16 @@ def _read_text(file, path):
         ends = np.flatnonzero(points == NEWLINE) + 1  # of lines
         begins = np.append(0, ends)[:-1]
         blank = ends - begins == 1
-        spaced = SPACE.take(points.take(begins), mode="clip") & SPACE.take(points.take(ends - 2), mode="clip")
-        for line in np.flatnonzero(~blank & spaced):  # begins and ends with a space: has it anything else?
+        spaced = np.flatnonzero(~blank & SPACE.take(points.take(begins), mode="clip"))
+        for line in spaced[SPACE.take(points.take(ends[spaced] - 2), mode="clip")]:  # ends with a space too: has it anything else?
             if SPACE.take(points[begins[line]:ends[line]], mode="clip").all():
                 points[begins[line]:ends[line]], blank[line] = NEWLINE, True
         # Up to the last blank line every dialogue is whole. The rest waits, for a larger block where that is all.
         blank = blank[:np.flatnonzero(blank)[-1] + 1 if blank.any() else 0]
         end, size = (ends[len(blank) - 1], BLOCK) if len(blank) else (0, 2 * size)
-        first = np.flatnonzero(~blank & np.append(True, blank[:-1]))  # lines of dialogues
-        last = np.flatnonzero(~blank & np.append(blank[1:], True))
-        if len(first):
-            yield points[:end], np.stack([begins[first], ends[last]], axis=1)
+        spans = begins[np.flatnonzero(np.diff(blank, prepend=True))].reshape(-1, 2)  # a dialogue's first line, the blank one after it
+        if len(spans):
+            yield points[:end], spans
         tail = text[end:].encode() + tail  # its line ends are \n already
 
 
