@@ -546,11 +546,10 @@ def adjust(logits, history, sampling):
     if 0 < n <= history.shape[1]:
         ngrams = history.unfold(1, n, 1)  # (B, m, n)
         last = history[:, history.shape[1] - n + 1:]  # (B, n - 1)
-        row, at = (ngrams[:, :, :-1] == last[:, None]).all(dim=-1).nonzero(as_tuple=True)
-        exempt = _on_device(sampling.exempt, logits.device)
-        kept = logits[:, exempt]
-        logits[row, ngrams[row, at, -1]] = -math.inf
-        logits[:, exempt] = kept
+        repeats = (ngrams[:, :, :-1] == last[:, None]).all(dim=-1).to(logits.dtype)  # (B, m)
+        repeats = torch.zeros_like(logits).scatter_add_(1, ngrams[:, :, -1], repeats)  # (B, V), without waiting for a GPU
+        repeats[:, _on_device(sampling.exempt, logits.device)] = 0
+        logits = logits.masked_fill(repeats > 0, -math.inf)
     if sampling.temperature == 0:
         return logits
     logits = (logits - logits.max(dim=-1, keepdim=True).values) / max(sampling.temperature, 1e-30)  # a smaller one is 0 in float32

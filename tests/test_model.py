@@ -247,6 +247,13 @@ def test_sampling_options_do_what_they_say():
     assert sample(logits, torch.tensor([[1]]), Sampling(temperature=0, repetition_penalty=2.0)).tolist() == [2]
 
 
+def test_sampling_never_waits_for_the_device():
+    """A device without numbers refuses what would have to read one."""
+    logits, history = torch.empty(2, 300, device="meta"), torch.empty(2, 8, device="meta", dtype=torch.long)
+    sampling = Sampling(top_k=9, top_p=0.9, min_p=0.1, repetition_penalty=1.1, no_repeat_ngram=3, exempt=(7,))
+    assert sample(logits, history, sampling).shape == (2,)
+
+
 def test_sampled_tokens_follow_the_probabilities():
     generator = torch.Generator().manual_seed(0)
     probabilities = torch.tensor([0.0, 0.6, 0.3, 0.1])
