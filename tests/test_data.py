@@ -92,7 +92,9 @@ def test_speakers_in_jsonl_take_turns_where_turns_are_empty_or_nobody_s(tmp_path
     assert list(data.read_dialogues(str(path))) == ["在吗\n几点了\n九点 还有事吗\n没了", "好\n好", "几点"]
 
 
-def test_a_store_of_jsonl_is_that_of_the_same_text(tmp_path):
+@pytest.mark.parametrize("block", [1, 1000, data.BLOCK])
+def test_a_store_of_jsonl_is_that_of_the_same_text(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(data, "BLOCK", block)
     dialogues = [[f"第{i}句", f"好{i % 7}"] for i in range(2500)]
     (tmp_path / "c.txt").write_text("\n\n".join(map("\n".join, dialogues)))
     turns = [[dict(role="user", content=text) for text in dialogue] for dialogue in dialogues]
@@ -275,6 +277,22 @@ def test_the_store_holds_the_corpus_split_by_dialogue_and_its_vocabulary_is_of_t
     if kind == "char":
         assert list(made.vocabulary) == sorted(set(trained), key=lambda character: (-trained.count(character), character))
         assert said["tokens"] == {part: sum(len(text) + 1 for text in found) for part, found in texts.items()}
+
+
+def test_a_store_is_found_again_by_what_it_was_made_with_alone(tmp_path):
+    path = tmp_path / "c.txt"
+    write_corpus(path)
+    kinds = [{}, dict(vocab_size=10), dict(min_freq=200), dict(train_percent=0.5), dict(seed=2), dict(tokenizer="bpe", vocab_size=300)]
+    stores = [data.prepare(make_settings(path, **kind)) for kind in kinds]
+    assert len(set(stores)) == len(kinds) and [data.prepare(make_settings(path, **kind)) for kind in kinds] == stores
+    tokenizers = [tokenizer.load(os.path.join(store, "tokenizer.json")) for store in stores]
+    assert tokenizers[1].size == 10 and tokenizers[2].size < tokenizers[0].size and tokenizers[5].size == 300
+    for kind, made, store in zip(kinds, tokenizers, stores):  # a model's tokenizer goes with the store that it was trained on
+        assert data.prepare(make_settings(path, **kind), made) == store
+    (tmp_path / "other.txt").write_text("你好\n\n再见\n")
+    with_new_characters = data.prepare(make_settings(tmp_path / "other.txt"), tokenizers[0], data.manifest(stores[0])["identity"])
+    assert tokenizer.load(os.path.join(with_new_characters, "tokenizer.json")).vocabulary.startswith(tokenizers[0].vocabulary)
+    assert data.manifest(data.prepare(make_settings(tmp_path / "other.txt"), tokenizers[0]))["unknown"] > 0
 
 
 def test_characters_of_held_out_dialogues_alone_are_unknown_and_counted(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model import GPT, Classifier, GPTConfig
-from optim import BlockMuon, clip, learning_rate, make_optimizers
+from optim import BlockMuon, clip, learning_rate, make_optimizers, share_done
 from settings import TrainSettings, build
 
 SHAPES = [(64, 64)] * 3 + [(64, 128)] * 2 + [(128, 64)]
@@ -109,3 +109,17 @@ def test_schedules_have_their_shapes():
     assert learning_rate(99, 1.0, cosine) == pytest.approx(0.1)
     wsd = build(TrainSettings, dict(lr=1e-3, schedule="wsd", decay_share=0.4))
     assert [learning_rate(99, done, wsd) for done in (0.0, 0.6, 0.8, 1.0)] == pytest.approx([1.0, 1.0, 0.5, 0.0])
+    constant = build(TrainSettings, dict(schedule="wsd", decay_share=0.0))
+    assert learning_rate(99, 1.0, constant) == 1
+    originals = dict(lr=1e-3, min_lr=1e-4, decay_steps=400)  # its schedule ends there, wherever the run does
+    assert learning_rate(200, 0.1, build(TrainSettings, originals)) == pytest.approx(0.55)
+    assert learning_rate(200, 0.0, build(TrainSettings, originals | dict(max_steps=300))) == pytest.approx(1.0)
+
+
+def test_a_run_is_as_far_as_by_the_limit_that_comes_first():
+    limits = dict(max_steps=100, max_minutes=10.0, max_epoch=4)
+    done = lambda **left_out: share_done(build(TrainSettings, limits | left_out), 30, 4.0, 2.0)
+    assert done() == pytest.approx(0.5)
+    assert done(max_epoch=40) == pytest.approx(0.4)
+    assert done(max_epoch=40, max_minutes=None) == pytest.approx(0.3)
+    assert done(max_epoch=40, max_minutes=None, max_steps=None) == pytest.approx(0.05)
