@@ -50,6 +50,16 @@ def test_a_step_keeps_as_many_bytes_as_it_is_said_to(arch, dtype, dropout):
     assert (kept(6) - kept(2)) / (4 * 64) == pytest.approx(model.kept_bytes(width), rel=0.03)
 
 
+def test_what_writes_to_the_residual_stream_begins_small_by_depth_or_with_nothing():
+    """Radford et al. 2019: 1 / sqrt(2 n_layer); modern blocks have no biases and begin as the identity."""
+    for arch, spread in (("gpt2", 0.02 / 8 ** 0.5), ("modern", 0.0)):
+        model = GPT(GPTConfig(200, arch=arch, block_size=32, n_layer=4, n_head=4, n_embd=128))
+        out = torch.cat([p.flatten() for name, p in model.named_parameters() if name.endswith("out.weight")])
+        assert len(out) == 4 * (128 ** 2 + model.blocks[0].mlp.out.weight.numel()) and out.std().item() == pytest.approx(spread, rel=0.02)
+        biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
+        assert bool(biases) == (arch == "gpt2") and not any(p.any() for p in biases)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_untrained_model_thinks_all_tokens_equally_likely(tied):
     """A tied embedding of the usual size made each token predict itself: the 90M shape began at 15 nats where 8.4 know nothing."""
