@@ -158,6 +158,17 @@ def test_the_same_seed_gives_the_same_replies_and_another_gives_others():
     assert len({talk(make(seed=None), "你好") for _ in range(5)}) > 1
 
 
+def test_a_seed_that_is_set_begins_its_random_numbers_anew(capsys):
+    conversation, fresh = make(seed=1), make(seed=5)
+    talk(conversation, "今天")
+    conversation.flush()
+    chat.command(conversation, "/set temperature 0.8")
+    assert conversation.attempts == 1  # other keys leave them where they are
+    chat.command(conversation, "/set seed=5")
+    chat.command(fresh, "/set temperature 0.8")
+    assert talk(conversation, "你好") == talk(fresh, "你好")
+
+
 def test_undo_and_retry_go_on_as_if_it_had_not_been_said():
     conversation = make(temperature=0, block_size=256)
     talk(conversation, "你好")
