@@ -183,6 +183,14 @@ def test_undo_and_retry_go_on_as_if_it_had_not_been_said():
     assert "".join(conversation.reply()) == expected
 
 
+def test_a_reply_that_is_stopped_before_a_word_takes_its_question_back_and_nothing_else(monkeypatch):
+    conversation = make()
+    talk(conversation, "你好")
+    said = list(conversation.utterances)
+    monkeypatch.setattr(conversation, "_next", lambda *_: iter([PAD]))
+    assert talk(conversation, "今天") == "" and conversation.utterances == said
+
+
 @pytest.mark.parametrize("best_of", [1, 3])
 def test_an_interrupted_reply_keeps_what_was_said(best_of):
     conversation = make("gpt2", silent=True, best_of=best_of)

@@ -402,6 +402,14 @@ def test_figures_of_an_earlier_run_go_aside_with_its_checkpoints(config, tmp_pat
     assert [metrics(folder)["settings"]["seed"] for folder in (aside, tmp_path / "out")] == [1, 2]
 
 
+@pytest.mark.parametrize("content", ["[]", "[[]]", "[[0, 1], []]", "[[0, 0]]", "[[-1]]", "[[9]]", "[[0.0]]", "[[true]]", '[["0"]]', "[0]",
+                                     "{}", "0, 1"])
+def test_a_file_of_test_sets_that_are_none_is_refused(content, tmp_path):
+    (tmp_path / "sets.json").write_text(content)
+    with pytest.raises(UserError, match="sets.json is not a list of lists of different numbers from 0 to 8"):
+        reviews.read_split(str(tmp_path / "sets.json"), 9)
+
+
 def test_what_is_wrong_with_the_last_configuration_shows_before_the_first_is_trained(config, tmp_path, monkeypatch):
     written = open(config).read().replace("/out", "/last")
     for text, words in ((open(config).read(), "is shared by several configurations"),
