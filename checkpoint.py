@@ -367,7 +367,6 @@ def convert(source, corpus, target):
     content = load(source)
     if not is_original(content):
         raise UserError(f"{source} is not one of the original's files: a checkpoint of this program needs no corpus and no conversion")
-    make_folder(os.path.dirname(target) or ".", target)
     content = from_original(content, source, corpus)
     write(target, content)
     model, tokenizer = unpack(content, target)

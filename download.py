@@ -110,8 +110,9 @@ def fetch_drive(address, temporary, timeout):
     if process.returncode or not os.path.exists(temporary):
         first = next((number for number, line in enumerate(lines) if "rror" in line), -1)
         problem = " ".join(lines[first:])[:300] or "gdown failed"
-        for part in glob.glob(glob.escape(temporary) + "*.part") if "byte range" in problem else []:
-            os.unlink(part)  # the server has no rest of it, or sends files from the beginning alone: gdown would ask for the rest for ever
+        if "byte range" in problem:  # the server has no rest of it, or sends none: gdown would ask for one for ever
+            for part in glob.glob(glob.escape(temporary) + "*.part"):
+                os.unlink(part)
         raise Failed(problem)
 
 

@@ -26,19 +26,24 @@ def test_dropout_drops_the_same_features_at_all_positions_of_a_row_and_keeps_the
     assert (drop(torch.ones(2, 3, 4), 0.2, training=False) == 1).all()
 
 
-def kept_bytes(model, rows, dtype=torch.float32):
-    """Bytes that the loss of so many rows of 64 keeps for its backward pass, the weights apart."""
-    weights, held = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}, {}
+def kept_bytes(model, dtype):
+    """Bytes that the loss of rows of 64 keeps of a position for its backward pass."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
-    def pack(tensor):
-        held[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
+    def kept(rows):
+        held = {}
 
-    ids = torch.randint(3, 100, (rows, 64))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", dtype, dtype != torch.float32):
-        loss = model.loss(ids, ids, torch.zeros_like(ids))
-    assert loss.requires_grad
-    return sum(tensor.untyped_storage().nbytes() for place, tensor in held.items() if place not in weights)
+        def pack(tensor):
+            held[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        ids = torch.randint(3, 100, (rows, 64))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", dtype, dtype != torch.float32):
+            loss = model.loss(ids, ids, torch.zeros_like(ids))
+        assert loss.requires_grad
+        return sum(tensor.untyped_storage().nbytes() for place, tensor in held.items() if place not in weights)
+
+    return (kept(6) - kept(2)) / (4 * 64)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -47,11 +52,9 @@ def kept_bytes(model, rows, dtype=torch.float32):
 def test_a_step_keeps_as_many_bytes_as_it_is_said_to(arch, dtype, dropout):
     model = GPT(GPTConfig(vocab_size=100, block_size=64, n_layer=3, n_embd=192, arch=arch, n_head=4, dropout=dropout))
     width = torch.finfo(dtype).bits // 8
-    kept = (kept_bytes(model, 6, dtype) - kept_bytes(model, 2, dtype)) / (4 * 64)
-    assert kept == pytest.approx(model.kept_bytes(width), rel=0.03)
+    assert kept_bytes(model, dtype) == pytest.approx(model.kept_bytes(width), rel=0.03)
     model.checkpointing = True
-    kept = (kept_bytes(model, 6, dtype) - kept_bytes(model, 2, dtype)) / (4 * 64)
-    assert 3 * width * 192 < kept < model.kept_bytes(width, checkpointing=True)  # that counts the block which is being recomputed too
+    assert 3 * width * 192 < kept_bytes(model, dtype) < model.kept_bytes(width, checkpointing=True)
 
 
 def test_what_writes_to_the_residual_stream_begins_small_by_depth_or_with_nothing():

@@ -187,18 +187,20 @@ def test_convert_makes_the_file_self_contained(tmp_path):
     target = str(tmp_path / "new" / "out.pth")
     done = convert(path, "--corpus", corpus, target)
     assert done.returncode == 0 and "vocabulary of" in done.stdout, done.stderr
+    for arguments, reason in (((path, "--corpus", corpus, target), "exists"),
+                              ((target, "--corpus", corpus, target + "2"), "no conversion"),
+                              (("no.pth", "--corpus", corpus, target + "2"), "does not exist"),
+                              ((path, "--corpus", "none.txt", str(tmp_path / "other" / "2")), "none.txt"),
+                              ((path, "--corpus", corpus, path + "/2"), "cannot be written")):
+        refused = convert(*arguments)
+        assert refused.returncode == 2 and reason in refused.stderr.splitlines()[-1] and "Traceback" not in refused.stderr, refused.stderr
+        assert not os.path.exists(arguments[3]) or reason == "exists"
+    assert not os.path.exists(tmp_path / "other")
     os.unlink(corpus)
     model, tokenizer, _ = checkpoint.load_model(target)
     assert [*SPECIALS, *tokenizer.vocabulary] == vocabulary(TEXT)
     ids = torch.tensor([[3, 4, 5]])
     torch.testing.assert_close(model.logits(model.hidden(ids)), reference(ids), atol=1e-4, rtol=0)
-    for arguments, reason in (((path, "--corpus", corpus, target), "exists"),
-                              ((target, "--corpus", corpus, target + "2"), "no conversion"),
-                              (("no.pth", "--corpus", corpus, target + "2"), "does not exist"),
-                              ((path, "--corpus", corpus, path + "/2"), "cannot be written")):
-        refused = convert(*arguments)
-        assert refused.returncode == 2 and reason in refused.stderr and refused.stderr.count("\n") == 1, refused.stderr
-        assert not os.path.exists(target + "2")
 
 
 @pytest.mark.parametrize("bias", [True, False])
