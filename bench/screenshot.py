@@ -85,7 +85,7 @@ def draw(screen, path):
             if back != BACKGROUND:
                 pen.rectangle([left, top, left + width, top + height - 1], fill=back)
             if cell.data.strip():
-                pen.text((left, top + height * 0.1), cell.data, font=font, fill=color)
+                pen.text((left, top + height / 2), cell.data, font=font, fill=color, anchor="lm")
     return image
 
 
