@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 import uuid
 
@@ -86,7 +87,6 @@ def _is_jsonl(path):
 
 
 def _read_text(file, path):
-    """Blank lines are found in arrays, not line by line: a line costs as much as a hundred characters in an array."""
     tail, size, block = file.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8), BLOCK, b" "
     while block:
         block = file.read(size)
@@ -94,20 +94,29 @@ def _read_text(file, path):
         if len(text) >= 1 << 29:  # NumPy has no larger texts
             raise UserError(f"{path} has no empty line in {len(text):,} characters; put one between dialogues")
         points = code_points(text)
-        ends = np.flatnonzero(points == NEWLINE) + 1  # of lines
-        begins = np.append(0, ends)[:-1]
-        blank = ends - begins == 1
-        spaced = np.flatnonzero(~blank & SPACE.take(points.take(begins), mode="clip"))
-        for line in spaced[SPACE.take(points.take(ends[spaced] - 2), mode="clip")]:  # ends with a space too: has it anything else?
-            if SPACE.take(points[begins[line]:ends[line]], mode="clip").all():
-                points[begins[line]:ends[line]], blank[line] = NEWLINE, True
-        # Up to the last blank line every dialogue is whole. The rest waits, for a larger block where that is all.
-        blank = blank[:np.flatnonzero(blank)[-1] + 1 if blank.any() else 0]
-        end, size = (ends[len(blank) - 1], BLOCK) if len(blank) else (0, 2 * size)
-        spans = begins[np.flatnonzero(np.diff(blank, prepend=True))].reshape(-1, 2)  # a dialogue's first line, the blank one after it
+        spans, end = _find_dialogues(points)
         if len(spans):
             yield points[:end], spans
         tail = text[end:].encode() + tail  # its line ends are \n already
+        size = BLOCK if end else 2 * size  # a dialogue that is longer than the block
+
+
+def _find_dialogues(points):
+    """(where each dialogue begins and ends (D, 2), where the last blank line ends, up to which all are whole) of lines of text. Blank lines
+    become mere newlines. All is done in arrays: work on one line costs as much as a hundred characters in an array.
+
+    Of "a⏎b⏎⏎ ⏎c⏎⏎d⏎" the lines begin at 0, 2, 4, 5, 7, 9, 10; those at 4, 5 and 9 are blank; the dialogues are [0, 4) and [7, 9).
+    """
+    bounds = np.append(0, np.flatnonzero(points == NEWLINE) + 1)  # of lines
+    begins, ends = bounds[:-1], bounds[1:]
+    blank = ends - begins == 1
+    spaced = np.flatnonzero(~blank & SPACE.take(points.take(begins), mode="clip"))
+    for line in spaced[SPACE.take(points.take(ends[spaced] - 2), mode="clip")]:  # begins and ends with a space: has it anything else?
+        if SPACE.take(points[begins[line]:ends[line]], mode="clip").all():
+            points[begins[line]:ends[line]], blank[line] = NEWLINE, True
+    whole = np.flatnonzero(blank)[-1] + 1 if blank.any() else 0  # lines
+    changes = np.flatnonzero(np.diff(blank[:whole], prepend=True))  # the first line of a dialogue, the blank one after it, and so on
+    return begins[changes].reshape(-1, 2), bounds[whole]
 
 
 def _whole_lines(raw, place, last):
@@ -141,27 +150,22 @@ def _jsonl_dialogues(file, path):
             entry = json.loads(line)
             if not {"messages", "conversations"} & entry.keys():
                 raise KeyError
-            said = list(map(_turn, entry.get("messages") or entry.get("conversations") or []))
+            turns = [(role, text) for role, text in map(_turn, entry.get("messages") or entry.get("conversations") or []) if text]
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {number} is not JSON: {error.msg} at column {error.colno}; each line should be an object")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f'{path}, line {number}: expected {{"messages": [{{"role": …, "content": …}}, …]}} '
                             'or {"conversations": [{"from": …, "value": …}, …]}, an object a line, each text a string')
-        utterances, before, gap = [], None, False
-        for role, text in said:
-            if text and gap and role == before:  # the other's turn is empty: still one utterance
-                utterances[-1] += " " + text
-            elif text:
-                utterances.append(text)
-            before, gap = role if text else before, not text
-        if utterances:
-            yield "\n".join(utterances) + "\n\n"
+        if turns:  # what one says in several is one utterance, so that speakers alternate
+            speakers = itertools.groupby(turns, key=lambda turn: turn[0])
+            yield "\n".join(" ".join(text for _, text in said) for _, said in speakers) + "\n\n"
 
 
 def _turn(turn):
-    """(role, its text in one line, "" where nothing is said) of a JSONL file's object."""
+    """(role, its text in one line, "" where nothing is said) of a JSONL file's object. A turn without a role has one of its own."""
     first = lambda *names: next((turn[name] for name in names if turn.get(name) is not None), None)  # where files are mixed, absent is null
-    role, text = str(first("role", "from")).lower(), first("content", "value")
+    role, text = first("role", "from"), first("content", "value")
+    role = object() if role is None else str(role).lower()
     if role in UNSPOKEN or text is None and turn.keys() & {"content", "value", "tool_calls"}:
         return role, ""
     if isinstance(text, list):  # of parts: pictures and the like are left out
@@ -198,19 +202,19 @@ def fingerprints(points, spans):
 def split_mask(numbers, train_percent, seed):
     """(D,) bool, True for the training part, of the dialogues' fingerprints (D,).
 
-    They are put in a seeded random order and cut; copies of the last one trained on are trained on too. So copies are on one
-    side, and when a corpus grows or is reordered, nearly all that were held out before still are. Both parts get at least one,
-    if they can.
+    A hash of the fingerprint and the seed is a dialogue's place in a random order, whatever else the corpus holds; those first in it
+    are trained on. So copies are on one side, and when a corpus grows or is reordered, nearly all that were held out before still are.
+    Both parts get at least one, if they can.
     """
-    keys = numbers.astype(np.uint64) | np.uint64(seed << 32)
+    places = numbers.astype(np.uint64) | np.uint64(seed << 32)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):  # SplitMix64 (Steele et al. 2014)
-        keys = (keys ^ keys >> np.uint64(shift)) * np.uint64(factor)
-    last = max(1, round(len(keys) * train_percent)) - 1
-    mask = keys <= np.partition(keys, last)[last]
-    if train_percent == 1 or not mask.all():
-        return mask
-    below = keys < keys.max()  # copies may reach far back from the end of the order: they or the others, whichever are more
-    return max(below, below.any() & ~below, key=np.sum)
+        places = (places ^ places >> np.uint64(shift)) * np.uint64(factor)
+    last = max(1, round(len(places) * train_percent)) - 1
+    training = places <= np.partition(places, last)[last]  # copies of the last one too
+    if train_percent == 1 or not training.all():
+        return training
+    others = places < places.max()  # than the last one and its copies: these or those are held out, whichever are fewer
+    return max(others, others.any() & ~others, key=np.sum)
 
 
 def prepare(settings, tokenizer=None, before=None):
@@ -224,24 +228,43 @@ def prepare(settings, tokenizer=None, before=None):
     state = lambda: os.path.exists(path) and (os.path.getsize(path), os.path.getmtime(path))
     begun = path and state()
     corpus = corpus_of(settings)
-    if tokenizer is None and settings.tokenizer.endswith(".pth"):
-        import checkpoint  # here: it needs torch, which takes seconds
-        _, tokenizer = checkpoint.unpack(checkpoint.read(settings.tokenizer, path), settings.tokenizer)
-    elif tokenizer is None and settings.tokenizer not in ("char", "bpe"):
-        tokenizer = tokenizer_module.load(settings.tokenizer)
+    tokenizer = tokenizer or _named_tokenizer(settings)
     grow = isinstance(tokenizer, CharTokenizer) and before is not None and before != identity(corpus, tokenizer)
-    trained = corpus | dict(layout=LAYOUT, tokenizer=tokenizer.state() if grow else settings.tokenizer, vocab_size=settings.vocab_size,
-                            min_freq=settings.min_freq)
-    cache = os.path.join(os.path.dirname(path) or ".", ".cache")
-    name = os.path.splitext(os.path.basename(path))[0][:50]
-    folder = os.path.join(cache, f"{name}-{_digest(trained)}")
-    if tokenizer is not None and not grow:
-        wanted = identity(corpus, tokenizer)
-        stores = (store for store in glob.glob(glob.escape(os.path.join(cache, name)) + "-*")
-                  if (manifest(store) or {}).get("identity") == wanted)
-        folder = next(stores, os.path.join(cache, f"{name}-{wanted}"))
-    if manifest(folder):
-        return folder
+    folder = _place_of_store(settings, tokenizer, grow, corpus)
+    if not manifest(folder):
+        with _new_store(folder, path) as work:
+            _write_store(work, path, settings, tokenizer, grow, corpus)
+            if state() != begun:  # the store would have another corpus's name
+                raise UserError(f"{path} was changed while it was read: start again once it is complete")
+    return folder
+
+
+def _named_tokenizer(settings):
+    """The tokenizer in the file that settings.tokenizer names; None where it names a kind to train."""
+    if settings.tokenizer.endswith(".pth"):
+        import checkpoint  # here: it needs torch, which takes seconds
+        return checkpoint.load_model(settings.tokenizer, corpus=settings.data_path)[1]
+    return None if settings.tokenizer in ("char", "bpe") else tokenizer_module.load(settings.tokenizer)
+
+
+def _place_of_store(settings, tokenizer, grow, corpus):
+    cache, file = os.path.split(settings.data_path)
+    stem = os.path.join(cache or ".", ".cache", os.path.splitext(file)[0][:50])
+    # A tokenizer that is yet to be made is known by its recipe alone, which names the store. With a given one the store's ids are known,
+    # and name it, unless there is a store with the same ids that was made by a recipe.
+    if tokenizer is None or grow:
+        recipe = corpus | dict(layout=LAYOUT, tokenizer=tokenizer.state() if grow else settings.tokenizer, vocab_size=settings.vocab_size,
+                               min_freq=settings.min_freq)
+        return f"{stem}-{_digest(recipe)}"
+    wanted = identity(corpus, tokenizer)
+    same = (store for store in glob.glob(glob.escape(stem) + "-*") if (manifest(store) or {}).get("identity") == wanted)
+    return next(same, f"{stem}-{wanted}")
+
+
+@contextlib.contextmanager
+def _new_store(folder, path):
+    """Gives a folder to write to, which becomes `folder` at the end and is gone after an error."""
+    cache = os.path.dirname(folder)
     try:
         for left in glob.glob(os.path.join(glob.escape(cache), ".making-*")):  # by a process that was killed
             with contextlib.suppress(FileNotFoundError):  # another process has just finished it
@@ -252,9 +275,7 @@ def prepare(settings, tokenizer=None, before=None):
         raise UserError(f"{cache} cannot be written ({error.strerror}); the token store goes there: copy {path} to a folder of yours, or "
                         "link it there (ln -s)")
     try:
-        _write_store(work, path, settings, tokenizer, grow, corpus)
-        if state() != begun:  # the store would have another corpus's name
-            raise UserError(f"{path} was changed while it was read: start again once it is complete")
+        yield work
         if os.path.isdir(folder) and not manifest(folder):  # some of it was deleted
             shutil.rmtree(folder, ignore_errors=True)
         os.rename(work, folder)  # atomic: a store is whole or not there
@@ -265,7 +286,6 @@ def prepare(settings, tokenizer=None, before=None):
         shutil.rmtree(work, ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty
             os.rmdir(cache)
-    return folder
 
 
 def _digest(mapping):
@@ -283,7 +303,7 @@ def corpus_of(settings):
         raise UserError(f"data_path={path} is a pipe or device, and a corpus is read twice: save it as a file")
     # Raise format when ids or the split change (older runs can then not be resumed), LAYOUT when only the files do.
     corpus = dict(format=3, corpus=file_sha256(path), train_percent=settings.train_percent, seed=settings.seed)
-    return corpus | (dict(reader="jsonl 2") if _is_jsonl(path) else {})
+    return corpus | (dict(reader="jsonl 3") if _is_jsonl(path) else {})
 
 
 def identity(corpus, tokenizer):
@@ -302,12 +322,11 @@ def manifest(folder):
         return None
 
 
-def _write_text(folder, path):
+def _write_text(file, path):
     """Writes the code points of a corpus, its dialogues each closed by END; (their spans (D, 2), their fingerprints (D,), how often each
     code point occurs)."""
     all_spans, numbers, counts, place = [], [], np.zeros(0, dtype=np.int64), 0
-    with open(os.path.join(folder, "text.bin"), "wb") as file, tqdm(total=os.path.getsize(path), unit="B", unit_scale=True,
-                                                                    desc=f"reading {path}", disable=None) as bar:
+    with tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc=f"reading {path}", disable=None) as bar:
         for points, spans in read_groups(path, bar):
             all_spans.append(spans + place)
             numbers.append(fingerprints(points, spans))
@@ -323,13 +342,16 @@ def _write_text(folder, path):
 
 
 def _write_store(folder, path, settings, tokenizer, grow, corpus):
-    spans, numbers, counts = _write_text(folder, path)
+    text_stays = isinstance(tokenizer, CharTokenizer) or tokenizer is None and settings.tokenizer == "char"
+    with open(os.path.join(folder, "text.bin"), "w+b") if text_stays else tempfile.TemporaryFile(dir=os.path.dirname(folder)) as file:
+        spans, numbers, counts = _write_text(file, path)
+        points = np.memmap(file, np.uint32, mode="r")  # a temporary file is gone with it, however this process ends
     training = split_mask(numbers, settings.train_percent, settings.seed)
     if not training.any():
         raise UserError(f"{path} holds one dialogue{' over and over' if len(training) > 1 else ''}; at least two are needed, for "
                         "training and validation (an empty line separates dialogues; JSONL must be named .jsonl; "
                         "train_percent=1 holds nothing out)")
-    points, lengths = np.memmap(os.path.join(folder, "text.bin"), np.uint32, mode="r"), np.diff(spans)[:, 0]
+    lengths = np.diff(spans)[:, 0]
     utterances = counts[NEWLINE] - (len(points) - lengths.sum())  # all that lies between dialogues is newlines
 
     def texts(spans, doing):
@@ -337,7 +359,9 @@ def _write_store(folder, path, settings, tokenizer, grow, corpus):
             yield text_of(points[begin:end - 1])
 
     if tokenizer is None and settings.tokenizer == "bpe":
+        os.rmdir(folder)  # still empty: a Ctrl-C in the training, which ends the process, leaves nothing behind
         tokenizer = BPETokenizer.train(texts(spans[training], "making the vocabulary"), settings.vocab_size or 8000, settings.min_freq)
+        os.makedirs(folder)
     elif tokenizer is None or grow:
         trained = counts.copy()
         blocks = np.cumsum(lengths[~training]) // BLOCK
@@ -347,7 +371,7 @@ def _write_store(folder, path, settings, tokenizer, grow, corpus):
         tokenizer = tokenizer.grown(made, settings.vocab_size) if grow else made
         if tokenizer.size == len(tokenizer_module.SPECIALS):
             raise UserError(f"min_freq={settings.min_freq} leaves no character of {path}; lower it (1 keeps all)")
-    if isinstance(tokenizer, CharTokenizer):
+    if text_stays:
         unknown = counts[tokenizer.table.take(np.arange(len(counts)), mode="clip") == UNK].sum()
     else:
         unknown, sizes = 0, []
@@ -357,8 +381,6 @@ def _write_store(folder, path, settings, tokenizer, grow, corpus):
                 for ids in tokenizer.encode_batch(some):
                     file.write(np.append(ids, end))
                     sizes.append(len(ids) + 1)
-        points = None  # Windows removes no file that is mapped
-        os.remove(os.path.join(folder, "text.bin"))
         lengths, ends = np.array(sizes), np.cumsum(sizes)
         spans = np.stack([ends - lengths, ends], axis=1)
     np.save(os.path.join(folder, "spans.npy"), spans)
@@ -469,26 +491,31 @@ def pack(lengths, block_size, rng):
 class Epoch:
     """The packed rows of one pass over `documents`, in an order that (seed, epoch) alone decides.
 
-    The share `chain` of the dialogues that fit into a row follows another one in the same document, as in a conversation that changes its
-    subject: where the first would end, after its last token, `<sep>` is one more input, and the next one's first token its target.
+    Pieces (of `cut`) make chains, chains make rows. A piece is a chain by itself, but for the share `chain` of the dialogues that fit into
+    a row: each of these follows another one in the same document, as in a conversation that changes its subject. The joint of a b c <pad>
+    and x y <pad> is one more position:
+
+        inputs   a  b  c      <sep>  x  y
+        targets  b  c  <pad>  x      y  <pad>
     """
 
     def __init__(self, documents, block_size, seed, epoch, chain=0.0):
         self.documents, self.block_size = documents, block_size
         starts, lengths = cut(documents, block_size)
         rng = np.random.default_rng([seed, epoch])
-        order, first = np.arange(len(lengths)), np.arange(len(lengths))
+        pieces = heads = np.arange(len(lengths))  # chain n holds pieces[heads[n]:heads[n + 1]]
         if chain:
-            whole = np.count_nonzero(np.diff(documents.spans) <= block_size + 1)  # they come first
-            linked, begins = link(lengths[:whole], chain, block_size, rng)
-            order, first = np.append(linked, order[whole:]), np.append(begins, first[whole:])
-        sizes = np.diff(np.append(first, len(order)))  # of chains
-        chains, rows = pack(np.add.reduceat(lengths[order], first) + sizes - 1, block_size, rng)  # a joint is a position
-        ends = np.append(0, np.cumsum(sizes[chains]))
-        order, self.first = order[ranges(first[chains], sizes[chains])], ends[rows]
-        self.joined = np.ones(len(order), dtype=bool)  # to the piece after it
+            whole = np.count_nonzero(np.diff(documents.spans) <= block_size + 1)  # dialogues in one piece: they come first
+            linked, linked_heads = link(lengths[:whole], chain, block_size, rng)
+            pieces, heads = np.append(linked, pieces[whole:]), np.append(linked_heads, heads[whole:])
+        sizes = np.diff(np.append(heads, len(pieces)))  # pieces of each chain
+        chains, rows = pack(np.add.reduceat(lengths[pieces], heads) + sizes - 1, block_size, rng)  # a joint is a position
+        pieces = pieces[ranges(heads[chains], sizes[chains])]  # as they stand in the rows; so do all below
+        ends = np.append(0, np.cumsum(sizes[chains]))  # of chains, in pieces
+        self.first = ends[rows]  # piece of each row
+        self.joined = np.ones(len(pieces), dtype=bool)  # to the piece after it
         self.joined[ends[1:] - 1] = False
-        self.starts, self.lengths = starts[order], lengths[order] + self.joined
+        self.starts, self.lengths = starts[pieces], lengths[pieces] + self.joined
         self.positions = np.append(0, np.cumsum(self.lengths))[self.first]  # real positions before each row
 
     def __len__(self):
@@ -512,18 +539,18 @@ class Epoch:
         real = np.arange(self.block_size) < np.diff(self.positions[rows])[:, None]  # (end - begin, block_size)
         pieces = slice(self.first[rows[0]], self.first[rows[-1]])
         inputs[real], targets[real] = self._tokens(pieces)
-        last = ~self.joined[pieces]  # of their chains
-        documents[real] = np.repeat(np.cumsum(last) - last, self.lengths[pieces])
+        closes = ~self.joined[pieces]  # its chain, which is a document
+        documents[real] = np.repeat(np.cumsum(closes) - closes, self.lengths[pieces])
         return inputs, targets, documents
 
     def _tokens(self, pieces):
         """(inputs, targets) of the positions of a slice of pieces."""
-        starts, lengths, joints = self.starts[pieces], self.lengths[pieces], np.flatnonzero(self.joined[pieces])
-        place, joint = ranges(starts, lengths), np.cumsum(lengths)[joints] - 1
+        starts, lengths, joined = self.starts[pieces], self.lengths[pieces], np.flatnonzero(self.joined[pieces])
+        place, joints = ranges(starts, lengths), np.cumsum(lengths)[joined] - 1
         inputs = self.documents.ids[place]  # a copy
-        inputs[joint] = SEP  # where the dialogue's <pad> stands
+        inputs[joints] = SEP  # where the dialogue's <pad> stands
         place += 1
-        place[joint] = starts[joints + 1]
+        place[joints] = starts[joined + 1]
         return inputs, self.documents.ids[place]
 
     def bigrams(self, most=1 << 22):

@@ -37,18 +37,19 @@ def export(path, target):
     """Writes the GPT of the checkpoint `path` (a classifier's too, without its head) to `target`, a new folder or .gguf file, or that
     of the folder `path` to a new checkpoint."""
     target = os.path.normpath(target)
-    read, write, reader = checkpoint.load_model, write_folder, "transformers' AutoModelForCausalLM and AutoTokenizer"
-    ending, new = os.path.splitext(target)[1].lower(), "folder, or a new file NAME.gguf"
-    if os.path.isdir(path) and (ending == ".pth" or os.path.isfile(os.path.join(path, "config.json"))):
-        read, write, reader, new = read_folder, write_checkpoint, f"python chat.py {quoted(target)}", "file NAME.pth"
-        if ending != ".pth":
-            raise UserError(f"{path} is a folder of Hugging Face's files, which becomes a checkpoint: name a new {new}, not {target}")
+    ending = os.path.splitext(target)[1].lower()
+    if os.path.isdir(path):
+        read, write, reader = read_folder, write_checkpoint, f"python chat.py {quoted(target)}"
     elif ending == ".gguf":
-        write, reader = write_gguf, f"llama.cpp: llama-server -m {quoted(target)}"
-    elif ending in (".onnx", ".safetensors", ".bin", ".pt", ".pth") and os.path.exists(path):
+        read, write, reader = checkpoint.load_model, write_gguf, f"llama.cpp: llama-server -m {quoted(target)}"
+    else:
+        read, write, reader = checkpoint.load_model, write_folder, "transformers' AutoModelForCausalLM and AutoTokenizer"
+    if write is write_checkpoint and ending != ".pth":
+        raise UserError(f"{path} is a folder: of Hugging Face's files name a new file NAME.pth, not {target}; of checkpoints, one of them")
+    if write is write_folder and ending in (".onnx", ".safetensors", ".bin", ".pt", ".pth") and os.path.exists(path):
         raise UserError(f"{target} would be a folder: name one without that ending, or a file NAME.gguf")
     if os.path.lexists(target):
-        raise UserError(f"{target} exists; name a new {new}")
+        raise UserError(f"{target} exists; name a new one")
     try:
         model, tokenizer, *_ = read(path)
         write(target, model, tokenizer)
@@ -64,11 +65,9 @@ def write_checkpoint(path, model, tokenizer):
 def read_folder(folder):
     """(model, tokenizer) of a folder that `write_folder` made, whatever transformers has made of the weights since."""
     import safetensors.torch
+    read = lambda name: json.loads(pathlib.Path(folder, name).read_text(encoding="utf-8"))
     try:
-        with open(os.path.join(folder, "tokenizer.json"), encoding="utf-8") as file:
-            tokenizer = tokenizer_from(json.load(file))
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-            theirs = json.load(file)
+        tokenizer, theirs = tokenizer_from(read("tokenizer.json")), read("config.json")
         weights = safetensors.torch.load_file(os.path.join(folder, "model.safetensors"))
         if modern := theirs["model_type"] == "qwen3":
             names = dict(block_size="max_position_embeddings", n_layer="num_hidden_layers", n_head="num_attention_heads",
@@ -110,23 +109,22 @@ def write_folder(path, model, tokenizer):
     import safetensors.torch
     weights, config = (qwen3 if model.config.modern else gpt2)(model, tokenizer.size)
     ends = dict(eos_token_id=[SEP, PAD], pad_token_id=PAD, bos_token_id=None)
-    config |= ends | dict(vocab_size=tokenizer.size, dtype="float32")
     files = dict(
-        config=config,
+        config=config | ends | dict(vocab_size=tokenizer.size, dtype="float32"),
         generation_config=ends | dict(
             do_sample=True, temperature=ChatSettings.temperature, top_p=ChatSettings.top_p, top_k=0, suppress_tokens=[UNK],
             min_new_tokens=1, max_new_tokens=min(ChatSettings.max_new_tokens, model.config.block_size // 2)),
         tokenizer_config=dict(
             tokenizer_class="PreTrainedTokenizerFast", unk_token=SPECIALS[UNK], pad_token=SPECIALS[PAD], eos_token=SPECIALS[PAD],
             padding_side="left", split_special_tokens=True, model_max_length=model.config.block_size, chat_template=CHAT_TEMPLATE,
-            model_input_names=["input_ids", "attention_mask"]))  # transformers 4 would add a third
+            model_input_names=["input_ids", "attention_mask"]),  # transformers 4 would add a third
+        tokenizer=json.loads(tokenizer_of(tokenizer).to_str()))
     with checkpoint.whole(path) as folder:
         os.makedirs(folder)
         with open(os.path.join(folder, "model.safetensors"), "wb") as file:
             file.write(safetensors.torch.save({name: tensor.contiguous() for name, tensor in weights.items()}, metadata={"format": "pt"}))
-        for name, content in (files | dict(tokenizer=json.loads(tokenizer_of(tokenizer).to_str()))).items():
-            with open(os.path.join(folder, name + ".json"), "w", encoding="utf-8") as file:
-                json.dump(content, file, ensure_ascii=False, indent=1)
+        for name, content in files.items():
+            pathlib.Path(folder, name + ".json").write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
 def write_gguf(path, model, tokenizer):

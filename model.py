@@ -350,12 +350,12 @@ class GPT(nn.Module):
         self._enter = torch.compile(_enter, dynamic=False)
         self._loss_of_rows = torch.compile(_loss_of_rows, dynamic=False)
 
-    def hidden(self, ids, documents=None, cache=None, causal=True, place=None):
+    def hidden(self, ids, documents=None, cache=None, place=None):
         """Last hidden states (B, T, C) of ids (B, T).
 
         `documents` (B, T): positions attend only to earlier ones with the same number, and places are counted from
         the number's first position. With a `cache` the ids come after what it holds, and it is advanced; `place` (T,) is
-        the same as a tensor, for a recorded step. Without `causal` (and without a cache) positions attend to later ones too.
+        the same as a tensor, for a recorded step.
         """
         B, T = ids.shape
         if cache is not None:
@@ -363,7 +363,7 @@ class GPT(nn.Module):
             place = (cache.place - cache.start[:, None]).clamp(min=0)  # (B, T)
         else:
             place = torch.arange(T, device=ids.device)
-            mask = ((place <= place[:, None]) | (not causal))[None, None]  # (1, 1, T, T)
+            mask = (place <= place[:, None])[None, None]  # (1, 1, T, T)
             if documents is not None:
                 mask = mask & (documents[:, None] == documents[:, :, None])[:, None]  # (B, 1, T, T)
                 begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
@@ -450,10 +450,10 @@ def extended(model, tokens, dropout, like, known=None):
 class Classifier(nn.Module):
     """A GPT whose last hidden state at one position is classified (Radford et al. 2018)."""
 
-    def __init__(self, gpt, classes, use_mask=True, causal=True):
-        """`use_mask`: read at each row's last real position, `<extract>`, which sees no filling; else at the last of all."""
+    def __init__(self, gpt, classes, use_mask=True):
+        """`use_mask`: read at each row's last real position, `<extract>`; else at the last of all."""
         super().__init__()
-        self.gpt, self.use_mask, self.causal = gpt, use_mask, causal
+        self.gpt, self.use_mask = gpt, use_mask
         self.classifier = nn.Linear(gpt.config.n_embd, classes)
         nn.init.normal_(self.classifier.weight, std=0.02)
         nn.init.zeros_(self.classifier.bias)
@@ -461,10 +461,7 @@ class Classifier(nn.Module):
     def forward(self, ids, lengths):
         """Scores (B, classes) float32 of ids (B, T), of which `lengths` (B,) in each row are real."""
         B, T = ids.shape
-        documents = None
-        if self.use_mask and not self.causal:  # filling lies behind: only without causality must it be hidden
-            documents = -(torch.arange(T, device=ids.device) >= lengths[:, None]).long()  # (B, T)
-        hidden = self.gpt.hidden(ids, documents, causal=self.causal)
+        hidden = self.gpt.hidden(ids)  # filling lies behind, where no real position sees it
         read = hidden[torch.arange(B, device=ids.device), lengths - 1 if self.use_mask else T - 1]  # (B, C)
         with torch.autocast(ids.device.type, enabled=False):
             return self.classifier(read.float())

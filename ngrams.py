@@ -10,9 +10,8 @@ KEYS = 1 << 40  # of a million n-grams hardly two share a key
 STRENGTH = 30.0  # weight of the data against the L2 penalty, as C in liblinear
 
 
-def counts(rows, n, size=KEYS):
-    """(key, value, row offset) of the distinct 1- to n-grams of each row of ids; keys, below `size`, rise in a row, values are
-    1 + log count."""
+def counts(rows, n):
+    """(key, value, number of the row) of the distinct 1- to n-grams of each row of ids; keys rise in a row, values are 1 + log count."""
     ids = np.concatenate(rows).astype(np.uint64)
     owner = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
     code, keys = np.zeros_like(ids), []
@@ -21,9 +20,9 @@ def counts(rows, n, size=KEYS):
         code = (code[:len(last)] + last + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)  # wraps: meant to
         code ^= code >> np.uint64(29)
         whole = owner[:len(last)] == owner[k:]  # in one row
-        keys.append((owner[k:] * size + (code >> np.uint64(20)).astype(np.int64) % size)[whole])
-    keys, times = np.unique(np.concatenate(keys), return_counts=True)
-    return keys % size, 1 + np.log(times), np.searchsorted(keys, np.arange(len(rows)) * size)
+        keys.append((owner[k:] * KEYS + (code >> np.uint64(20)).astype(np.int64) % KEYS)[whole])
+    key, times = np.unique(np.concatenate(keys), return_counts=True)
+    return key % KEYS, 1 + np.log(times), key // KEYS
 
 
 class Ngrams:
@@ -32,8 +31,8 @@ class Ngrams:
     The more an n-gram's frequency differs between classes, the less its weights are penalised (Wang and Manning 2012).
     """
 
-    def __init__(self, n, idf, weight, bias, keys=None):
-        """`keys` (G,) sorted, `idf` (G,), `weight` (G, classes), `bias` (classes,). Older files have no keys, but columns by remainder."""
+    def __init__(self, n, idf, weight, bias, keys):
+        """`keys` (G,) sorted, `idf` (G,), `weight` (G, classes), `bias` (classes,)."""
         self.n, self.idf, self.weight, self.bias, self.keys = n, idf, weight, bias, keys
 
     @classmethod
@@ -65,12 +64,10 @@ class Ngrams:
 
     def features(self, rows):
         """(N, G) sparse; each row has the length 1."""
-        column, value, offsets = map(torch.from_numpy, counts(rows, self.n, len(self.idf) if self.keys is None else KEYS))
-        owner = torch.bucketize(torch.arange(len(column)), offsets, right=True) - 1
-        if self.keys is not None:
-            column, after = (torch.searchsorted(self.keys, column, right=right) for right in (False, True))
-            known = column < after
-            column, value, owner = column[known], value[known], owner[known]
+        key, value, owner = map(torch.from_numpy, counts(rows, self.n))
+        column = torch.searchsorted(self.keys, key)
+        known = F.pad(self.keys, (0, 1), value=-1)[column] == key  # torch.isin would sort all keys anew for each batch
+        column, value, owner = column[known], value[known], owner[known]
         value = value.float() * self.idf[column]
         norm = torch.zeros(len(rows)).index_add(0, owner, value.square()).sqrt().clamp(min=1e-9)
         with torch.sparse.check_sparse_tensor_invariants(False):  # PyTorch 2.11 warns in spite of the argument of this name

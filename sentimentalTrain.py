@@ -34,102 +34,103 @@ PART = 4096  # reviews that are predicted and printed together
 
 
 def main():
+    options = command_line()
+    predicting = options.predict is not None or options.predict_text is not None
     with rt.Processes() as processes:
-        start(processes)
+        paths, all_settings = configurations(options.config, predicting)
+        runtime = rt.start(all_settings[0], processes)
+        if predicting:
+            return predict(paths[0], all_settings[0].checkpoint_root, options, runtime)
+        check(all_settings, processes)
+        if runtime.main and not options.dry_run:
+            make_folders(all_settings, options.table, processes)
+        stopping = None if options.dry_run else rt.StopSignal(processes)  # up to here, and in a dry run, Ctrl-C just ends
+        results = []
+        for path, settings in zip(paths, all_settings):
+            if len(all_settings) > 1:
+                runtime.say(f"\n== {path}")
+            result, failed = experiment(settings, runtime, stopping, options.dry_run)
+            results += [result] if result else []
+            if failed or rt.add_up(runtime, bool(stopping))[0]:
+                break
+        if len(all_settings) > 1 and results and runtime.main:
+            table(paths, all_settings, results, options.table)
+        if failed:
+            raise failed
 
 
-def start(processes):
-    """What the command line asks for."""
+def command_line():
     parser = settings_module.parser(
         SentimentSettings, "python sentimentalTrain.py CONFIG… [key=value …] [--dry-run] [--table PATH]\n"
         "       python sentimentalTrain.py CONFIG|CHECKPOINT --predict FILE|- | --predict-text TEXT")
     parser.add_argument("config", nargs="+", help="YAML files, key=value; with --predict a .pth file too")
     parser.add_argument("--dry-run", action="store_true", help="print settings, size, memory and FLOPs, and stop")
-    parser.add_argument("--table", metavar="PATH", default="checkpoints/ablation",
+    parser.add_argument("--table", metavar="PATH", default="checkpoints/ablation", type=lambda path: re.sub(r"(/|\.md|\.png)$", "", path),
                         help="where the table of several configurations goes, as PATH.md and PATH.png (default: %(default)s)")
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--predict", metavar="FILE", help="label and probability of each review: the column review of a .csv or .tsv, "
                         "else each line; - is standard input")
     given.add_argument("--predict-text", metavar="TEXT", help="label and probability of this one review")
-    options = parser.parse_intermixed_args()
-    predicting = options.predict is not None or options.predict_text is not None
-    words = [word for word in options.config if "=" not in word or os.path.isfile(word)]  # it may lie in a folder called lr=0.01
-    paths = [path for word in words for path in ([] if os.path.exists(word) else sorted(glob.glob(word))) or [word]]  # Windows expands no *
-    over = settings_module.overrides(word for word in options.config if word not in words)
+    return parser.parse_intermixed_args()
+
+
+def configurations(words, predicting):
+    """(paths, their settings) of the words of a command line; of a checkpoint, to predict with, they are what key=value says."""
+    over = settings_module.overrides(word for word in words if "=" in word)
+    paths = [path for word in words if "=" not in word for path in sorted(glob.glob(word)) or [word]]  # Windows expands no *
     if not paths:
         raise UserError("no configuration is named; config/demoSentimental.yaml is one")
     if predicting:
         paths = [os.path.join(path, "best.pth") if os.path.isdir(path) else path for path in paths]
         if len(paths) > 1:
             raise UserError(f"--predict takes one configuration or checkpoint, not {len(paths)}")
-        if options.predict == "-" and processes.world > 1:
-            raise UserError("--predict - is for one process: several would each read a part of standard input; name a file")
         if key := next((key for key in ("resume_from", "base_model") if key in over), None):
             raise UserError(f"{key}={over[key]} is not used in predicting: name the classifier in place of the configuration")
     elif models := [path for path in paths if path.endswith(".pth")]:
-        raise UserError(f"{models[0]} is a checkpoint, not a configuration; to classify with it: --predict FILE, to train on: "
-                        f"config/demoSentimental.yaml base_model={models[0]}")
+        raise UserError(f"{models[0]} is a checkpoint; to classify with it: --predict FILE, to train on: CONFIG base_model={models[0]}")
     read = lambda path: {} if path.endswith(".pth") else settings_module.read_yaml(path)
-    several = [settings_module.build(SentimentSettings, read(path) | over) for path in paths]
+    all_settings = [settings_module.build(SentimentSettings, read(path) | over) for path in paths]
     for key in ("device", "dtype"):
-        if len(values := sorted({getattr(settings, key) for settings in several})) > 1:
+        if len(values := sorted({getattr(settings, key) for settings in all_settings})) > 1:
             raise UserError(f"{key} is {' and '.join(values)} in these configurations; run them one by one")
-    runtime = rt.start(several[0], processes)
-    if predicting:
-        path = paths[0] if paths[0].endswith(".pth") else os.path.join(several[0].checkpoint_root, "best.pth")
-        text = (options.predict_text or "").encode("utf-8", "replace").decode()  # a shell may pass what is not UTF-8
-        texts = [text] if options.predict_text is not None else reviews.read_unlabelled(options.predict)
-        return predict(path, texts, runtime)
-    for settings in several:  # a mistake in the last shows before the first has run for hours
-        check(settings, [settings.checkpoint_root for settings in several])
-    files = sorted({path for settings in several for path in (settings.sentimental_data_path, settings.split_path) if path})
+    return paths, all_settings
+
+
+def check(all_settings, processes):
+    """A UserError for what is wrong with any of the configurations: the last one's shows before the first has run for hours."""
+    roots = [os.path.realpath(settings.checkpoint_root) for settings in all_settings]
+    for settings, root in zip(all_settings, roots):
+        if settings.base_model is None:
+            raise UserError("base_model is not set; name a checkpoint, for example base_model=checkpoints/demo/best.pth")
+        if roots.count(root) > 1:
+            raise UserError(f"checkpoint_root={settings.checkpoint_root} is shared by several configurations: each would set aside the "
+                            "previous one's results; give each its own")
+        folder, name = os.path.split(settings.base_model)
+        if os.path.realpath(folder) in roots and checkpoint.OURS.fullmatch(name):
+            raise UserError(f"base_model={settings.base_model} lies in checkpoint_root: a classifier would take its place, "
+                            "and the next run start from that; name another checkpoint_root")
+        if (settings.data_path or "").lower().endswith((".csv", ".tsv")):
+            raise UserError(f"data_path={settings.data_path} is for a corpus of dialogues; name reviews with sentimental_data_path")
+        texts, labels, names, _ = reviews.read_reviews(settings.sentimental_data_path)
+        for _, _, training, *_ in reviews.splits(texts, labels, names, settings):
+            if len(training) < settings.train_batch:
+                raise UserError(f"train_batch={settings.train_batch} is more than the {len(training)} reviews of the training part; "
+                                f"use {len(training)} or fewer")
+    files = sorted({path for settings in all_settings for path in (settings.sentimental_data_path, settings.split_path) if path})
     processes.once(lambda: ", ".join(f"{path} ({file_sha256(path)[:8]})" for path in files))  # the same on each machine
-    for base, corpus in {(settings.base_model, settings.data_path) for settings in several}:
+    for base, corpus in {(settings.base_model, settings.data_path) for settings in all_settings}:
         checkpoint.load_model(base, corpus=corpus)
-    if runtime.main and not options.dry_run:
-        for settings in several:
-            checkpoint.make_folder(settings.checkpoint_root, f"checkpoint_root={settings.checkpoint_root}")
-            processes.claim(settings.checkpoint_root)
-            if settings.tensorboard_path:
-                checkpoint.make_folder(settings.tensorboard_path, f"tensorboard_path={settings.tensorboard_path}")
-        if len(paths) > 1:
-            options.table += "" if os.path.basename(options.table) else "ablation"
-            checkpoint.make_folder(os.path.dirname(options.table) or ".", f"--table {options.table}")
-    stopping = None if options.dry_run else rt.StopSignal(processes)  # up to here, and in a dry run, Ctrl-C just ends
-    results = []
-    for path, settings in zip(paths, several):
-        if len(paths) > 1:
-            runtime.say(f"\n== {path}")
-        result, failed = experiment(settings, runtime, stopping, options.dry_run)
-        results += [result] if result else []
-        if failed or not options.dry_run and (result is None or len(result["runs"]) < result["planned"]):  # stopped
-            break
-    if len(paths) > 1 and results and runtime.main:
-        table(paths, several, results, options.table.removesuffix(".md").removesuffix(".png"))
-    if failed:
-        raise failed
 
 
-def check(settings, roots):
-    """A UserError for what is wrong with a configuration, so far as a look at its files tells. `roots`: where all of them write."""
-    if settings.base_model is None:
-        raise UserError("base_model is not set; name a checkpoint, for example base_model=checkpoints/demo/best.pth")
-    roots, place = list(map(os.path.realpath, roots)), os.path.realpath(os.path.dirname(settings.base_model))
-    if roots.count(os.path.realpath(settings.checkpoint_root)) > 1:
-        raise UserError(f"checkpoint_root={settings.checkpoint_root} is shared by several configurations: each would set aside the "
-                        "previous one's results; give each its own")
-    if re.fullmatch(r"seed\d+(-(split|fold)\d+)?", os.path.basename(place)) and os.path.dirname(place) in roots:
-        place = os.path.dirname(place)  # one run of several has such a folder
-    if place in roots and checkpoint.OURS.fullmatch(os.path.basename(settings.base_model)):
-        raise UserError(f"base_model={settings.base_model} lies in checkpoint_root: a classifier would take its place, "
-                        "and the next run start from that; name another checkpoint_root")
-    if (settings.data_path or "").lower().endswith((".csv", ".tsv")):
-        raise UserError(f"data_path={settings.data_path} is for a corpus of dialogues; name reviews with sentimental_data_path")
-    texts, labels, names, _ = reviews.read_reviews(settings.sentimental_data_path)
-    for _, _, training, *_ in reviews.splits(texts, labels, names, settings):
-        if len(training) < settings.train_batch:
-            raise UserError(f"train_batch={settings.train_batch} is more than the {len(training)} reviews of the training part; "
-                            f"use {len(training)} or fewer")
+def make_folders(all_settings, table, processes):
+    """Makes all that will be written to, and claims it; a UserError where that cannot be."""
+    for settings in all_settings:
+        for key in ("checkpoint_root", "tensorboard_path"):
+            if folder := getattr(settings, key):
+                checkpoint.make_folder(folder, f"{key}={folder}")
+        processes.claim(settings.checkpoint_root)
+    if len(all_settings) > 1:
+        checkpoint.make_folder(os.path.dirname(table) or ".", f"--table {table}")
 
 
 def experiment(settings, runtime, stopping, dry_run):
@@ -188,6 +189,9 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
     training, validation, test = parts
     torch.manual_seed(seed)
     classifier, tokenizer, block_size, met = make_classifier(settings, runtime, names)
+    classifier.to(device).train()
+    classifier.gpt.checkpointing = settings.checkpointing
+    trained = classifier.freeze(NEW, settings.frozen)
     numbers = torch.from_numpy(reviews.hashes(texts))
     met = torch.cat([met, numbers[training], numbers[validation]]).unique()
     if known := torch.isin(numbers[test], met).sum():
@@ -198,9 +202,6 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
     lengths = np.array([len(row) for row in rows])
     unit = reviews.width_unit(settings.use_mask, block_size)
     steps = -(-len(training) // settings.train_batch)
-    classifier.to(device).train()
-    classifier.gpt.checkpointing = settings.checkpointing
-    trained = classifier.freeze(NEW, settings.frozen)
     sort_by = lengths if settings.use_mask else np.zeros_like(lengths)  # what batches are made by
     order = reviews.by_length(training, sort_by, settings.train_batch, np.random.default_rng([seed, 0]))
     filling = 1 - lengths[training].sum() / sum(reviews.pad([rows[i] for i in batch], unit)[0].size for batch in order)
@@ -221,10 +222,13 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
     bar = rt.step_bar(runtime, total=min(settings.max_steps or math.inf, settings.max_epoch * steps))
     step, epoch, best, best_state, history, worse, refused, share = 0, 0, None, None, [], 0, 0, 0.0
 
+    def measured(members, linear):
+        probabilities = classify(classifier, linear, rows, uncut, members, settings.test_batch, unit, runtime)
+        return reviews.measure(probabilities, labels[members], names)
+
     while share < 1 and not (settings.patience and worse >= settings.patience):
-        rng = np.random.default_rng([seed, epoch])
         nats, right, seen = 0.0, 0.0, 0
-        for batch in reviews.by_length(training, sort_by, settings.train_batch, rng):
+        for batch in reviews.by_length(training, sort_by, settings.train_batch, np.random.default_rng([seed, epoch])):
             minutes, wish = rt.add_up(runtime, (time.perf_counter() - begin) / 60 * runtime.main, bool(stopping))
             if wish:
                 bar.close()
@@ -267,8 +271,7 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
         nats, right = rt.add_up(runtime, nats, right)
         told = dict(epoch=epoch, loss=nats / seen, train_accuracy=right / seen)
         if len(validation):
-            probabilities = classify(classifier, linear, rows, uncut, validation, settings.test_batch, unit, runtime)
-            figures = reviews.measure(probabilities, labels[validation], names)
+            figures = measured(validation, linear)
             told |= dict(validation=figures["accuracy"], validation_auc=figures["auc"])
         history.append(told)
         for name, value in told.items():
@@ -277,8 +280,8 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
             words = [f"{name.replace('_', ' ')} {round(value, 4)}" for name, value in told.items()]
             bar.write(f"{', '.join(words)}, {(time.perf_counter() - begin) / 60:.1f} minutes")
         worse += 1
-        value = lambda told: (told["validation"], told["validation_auc"])  # with few reviews accuracies are often equal
-        if best is None or not len(validation) or value(told) > value(best):
+        quality = lambda told: (told["validation"], told["validation_auc"])  # with few reviews accuracies are often equal
+        if best is None or not len(validation) or quality(told) > quality(best):
             best, worse = told, 0
             best_state = {name: value.cpu().clone() for name, value in classifier.state_dict().items()}
             if runtime.main:
@@ -287,11 +290,9 @@ def train(settings, runtime, stopping, texts, labels, names, seed, parts, folder
     bar.close()
 
     classifier.load_state_dict(best_state)
-    metrics = dict(validation=None)
-    for name, members, other in (("validation", validation, linear), ("test", test, linear), ("test_without_ngrams", test, None)):
-        if len(members) and (linear or name != "test_without_ngrams"):
-            probabilities = classify(classifier, other, rows, uncut, members, settings.test_batch, unit, runtime)
-            metrics[name] = reviews.measure(probabilities, labels[members], names)
+    metrics = dict(validation=measured(validation, linear) if len(validation) else None, test=measured(test, linear))
+    if linear:
+        metrics["test_without_ngrams"] = measured(test, None)
     minutes = (time.perf_counter() - begin) / 60
     for name in ("accuracy", "f1", "auc", "majority"):
         writer.add_scalar(f"test/{name}", metrics["test"][name], step)
@@ -310,7 +311,7 @@ def make_classifier(settings, runtime, names):
     block_size = min(settings.block_size, gpt.config.block_size)
     if block_size < settings.block_size:
         runtime.say(f"block_size={block_size}, as in {settings.base_model}, not {settings.block_size}")
-    classifier = Classifier(gpt, len(names), settings.use_mask, settings.causal)
+    classifier = Classifier(gpt, len(names), settings.use_mask)
     if earlier and earlier["names"] == names:
         classifier.classifier.load_state_dict(earlier["head"])
     return classifier, tokenizer, block_size, (earlier or {}).get("met", torch.zeros(0, dtype=torch.int64))
@@ -319,7 +320,7 @@ def make_classifier(settings, runtime, names):
 def save(folder, step, classifier, linear, tokenizer, names, block_size, met, settings, history, tell=None):
     """Writes all that prediction needs into one checkpoint, which is also a GPT's. `tell`: as checkpoint.save has it."""
     head = dict(head=classifier.classifier.state_dict(), names=names, block_size=block_size, use_mask=classifier.use_mask,
-                causal=classifier.causal, met=met, ngrams=vars(linear) if linear else None)
+                met=met, ngrams=vars(linear) if linear else None)
     content = checkpoint.describe(classifier.gpt, tokenizer) | dict(
         classifier=head, optimizer=None, scaler=None, progress=dict(step=step, epoch=len(history)),
         random=dict(seed=settings.seed), settings=dataclasses.asdict(settings), metrics=history[-1])
@@ -331,18 +332,21 @@ def load(path):
     gpt, tokenizer, meta = checkpoint.load_model(path)
     if (saved := meta.get("classifier")) is None:
         raise UserError(f"{path} is no classifier; make one: python sentimentalTrain.py config/demoSentimental.yaml base_model={path}")
-    classifier = Classifier(gpt, len(saved["names"]), saved["use_mask"], saved["causal"])
+    classifier = Classifier(gpt, len(saved["names"]), saved["use_mask"])
     classifier.classifier.load_state_dict(saved["head"])
     return classifier.eval(), Ngrams(**saved["ngrams"]) if saved["ngrams"] else None, tokenizer, saved
 
 
-def predict(path, texts, runtime):
-    """Prints a line for each text: label, tab, probability; an empty line for an empty text."""
-    classifier, linear, tokenizer, saved = load(path)
+def predict(path, root, options, runtime):
+    """Prints a line for each text: label, tab, probability; an empty line for an empty text. A configuration's classifier is in `root`."""
+    if options.predict == "-" and runtime.world > 1:
+        raise UserError("--predict - is for one process: several would each read a part of standard input; name a file")
+    classifier, linear, tokenizer, saved = load(path if path.endswith(".pth") else os.path.join(root, "best.pth"))
     classifier.to(runtime.device)
+    text = (options.predict_text or "").encode("utf-8", "replace").decode()  # a shell may pass what is not UTF-8
+    texts = [part.strip() for part in ([text] if options.predict is None else reviews.read_unlabelled(options.predict))]
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     unit = reviews.width_unit(saved["use_mask"], saved["block_size"])
-    texts = list(map(str.strip, texts))
     with tqdm(total=sum(map(bool, texts)), unit="review", disable=None if runtime.main else True) as bar:
         for begin in range(0, len(texts), PART):
             part = texts[begin:begin + PART]
@@ -356,10 +360,8 @@ def predict(path, texts, runtime):
 
 @torch.no_grad()
 def classify(classifier, linear, rows, uncut, members, batch_size, unit, runtime, bar=None):
-    """(len(members), classes) probabilities, computed by all processes together.
-
-    With a `linear` model beside the GPT they are the normalised geometric mean of both.
-    """
+    """(len(members), classes) probabilities, computed by all processes together. With a `linear` model beside the GPT they are the
+    normalised geometric mean of both."""
     logs = np.zeros((len(members), classifier.classifier.out_features))
     batches = reviews.by_length(np.arange(len(members)), np.array([len(rows[i]) for i in members]), batch_size)
     classifier.eval()
@@ -394,16 +396,14 @@ def describe_run(runtime, classifier, trained, parts, lengths, filling, unknown,
     work = (classifier.gpt.flops_per_token() - 6 * classifier.gpt.head.weight.numel()) * (2 + learning) / 3
     held = sum(p.numel() for p in classifier.parameters() if p.requires_grad)  # of all embeddings, where some are trained
     kept = classifier.gpt.kept_bytes(2 if runtime.dtype != torch.float32 else 4, classifier.gpt.checkpointing)
-    for name, text in (
-            ("model", f"{config.arch}, {config.n_layer} layers, {config.n_embd} wide, {parameters / 1e6:.2f}M parameters, "
-                      f"{trained / 1e6:.2f}M of them trained"),
-            ("data", f"{len(training)} reviews to train on ({tokens:,} tokens, {filling:.2%} filling), "
-                     f"{len(validation)} to choose the epoch, {len(test)} to test"
-                     + (f"; {unknown:.2%} of all tokens <unk>" if unknown > 1e-4 else "")),
-            ("memory", f"about {(4 * parameters + 12 * held) / 2**30:.2f} GiB of weights, gradients and optimizer, and up to "
-                       f"{most * kept / 2**30:.2f} GiB of activations"),  # frozen blocks pass a gradient on to the embeddings
-            ("work", f"{work * tokens / (1 - filling) / 1e12:.1f} TFLOP an epoch")):
-        runtime.say(f"{name:<9} {text}")
+    runtime.say(
+        f"model     {config.arch}, {config.n_layer} layers, {config.n_embd} wide, {parameters / 1e6:.2f}M parameters, "
+        f"{trained / 1e6:.2f}M of them trained\n"
+        f"data      {len(training)} reviews to train on ({tokens:,} tokens, {filling:.2%} filling), {len(validation)} to choose the epoch, "
+        f"{len(test)} to test{f'; {unknown:.2%} of all tokens <unk>' if unknown > 1e-4 else ''}\n"
+        f"memory    about {(4 * parameters + 12 * held) / 2**30:.2f} GiB of weights, gradients and optimizer, and up to "
+        f"{most * kept / 2**30:.2f} GiB of activations\n"  # frozen blocks pass a gradient on to the embeddings
+        f"work      {work * tokens / (1 - filling) / 1e12:.1f} TFLOP an epoch")
 
 
 def tell(metrics, names):
@@ -418,14 +418,13 @@ def percent(summary):
     return f"{100 * summary['accuracy']:.2f}{deviation} %"
 
 
-def table(paths, several, results, target):
+def table(paths, all_settings, results, target):
     """The table of all configurations: printed, as Markdown, and as a picture."""
     head = ["configuration", "mask", "frozen", "accuracy", "macro F1", "trained parameters", "minutes"]
     part = lambda result: "" if len(result["runs"]) == result["planned"] else f" ({len(result['runs'])} of {result['planned']} runs)"
     lines = [[os.path.splitext(os.path.basename(path))[0] + part(result), "yes" if settings.use_mask else "no",
               "yes" if settings.frozen else "no", percent(result), f"{result['f1']:.4f}", f"{result['trained'] / 1e6:.2f}M",
-              f"{result['minutes']:.1f}"]
-             for path, settings, result in zip(paths, several, results)]
+              f"{result['minutes']:.1f}"] for path, settings, result in zip(paths, all_settings, results)]
     widths = [max(map(len, column)) for column in zip(head, *lines)]
     text = "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |"
                      for line in (head, ["-" * width for width in widths], *lines))

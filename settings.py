@@ -47,8 +47,8 @@ class Common:
     data_path: str | None = key(None, "corpus: .txt (an utterance a line, an empty line between dialogues) or .jsonl; chat.py, "
                                      "sentimentalTrain.py: that of a checkpoint of the original")
     checkpoint_root: str = key("checkpoints", "folder of checkpoints: train.py and sentimentalTrain.py write there, chat.py reads")
-    resume_from: str | None = key(None, "train.py, chat.py: checkpoint to start from; auto (chat: empty too): the newest "
-                                         "(chat: the best) in checkpoint_root, if there is one")
+    resume_from: str | None = key(None, "checkpoint to start from; auto: in checkpoint_root, the newest (train.py) or the best (chat.py), "
+                                         "if there is one; empty: start anew (chat.py: as auto)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,24 +61,24 @@ class Training(Common):
     train_percent: float = key(0.98, "share of the dialogues (reviews) that is trained on", low=0, high=1)
     train_batch: int = key(16, "rows in a step, over all processes and accumulation", low=1, high=2**20)
     test_batch: int = key(16, "rows at once in an evaluation", low=1)
-    micro_batch: int | str = key("auto", "rows that a process holds at once, the rest by gradient accumulation; auto: what fits on a GPU "
-                                 "(train.py), half of the batch (sentimentalTrain.py)")
+    micro_batch: int | str = key("auto", "rows that a process holds at once, the rest by gradient accumulation; auto: what fits on a GPU, "
+                                 "8192 tokens on a CPU; at most half of the batch (sentimentalTrain.py)")
     checkpointing: bool = key(False, "recompute activations in the backward pass: less memory, a third more time")
-    max_epoch: int = key(1919810, "stop after so many passes over the data", low=1)
+    max_epoch: int = key(1919810, "stop after so many passes over the data; the default is next to no limit", low=1)
     max_steps: int | None = key(None, "stop after so many steps; the schedule ends there too", low=1)
     max_minutes: float | None = key(None, "stop after so many minutes; the schedule ends there too", low=0)
     patience: int | None = key(None, "stop after so many evaluations without improvement", low=1)
     optimizer: str = key("adamw", "muon: Muon for hidden matrices, AdamW for the rest", choices=("adamw", "muon"))
-    lr: float = key(3e-4, "peak learning rate of AdamW", low=0, high=1e6)
+    lr: float = key(3e-4, "peak learning rate of AdamW; with optimizer=muon of embeddings, output layer and vectors", low=0, high=1e6)
     muon_lr: float = key(0.02, "peak learning rate of Muon", low=0, high=1e6)
-    min_lr: float = key(0.0, "last learning rate of AdamW; Muon's keeps the same proportion", low=0)
+    min_lr: float = key(0.0, "AdamW's learning rate at the end; Muon's ends at muon_lr * min_lr / lr", low=0)
     warmup_steps: int = key(0, "steps of linear warm-up", low=0)
-    schedule: str = key("cosine", "wsd: warm-up, stable, then linear decay", choices=("cosine", "wsd"))
-    decay_steps: int | None = key(None, "steps until min_lr if neither max_steps nor max_minutes is set; empty: until max_epoch", low=1)
-    decay_share: float = key(0.6, "wsd: share of the run in which the rate falls", low=0, high=1)
+    schedule: str = key("cosine", "after the warm-up: cosine, or wsd: stable, then linear decay", choices=("cosine", "wsd"))
+    decay_steps: int | None = key(None, "steps of the schedule without max_steps and max_minutes; empty: max_epoch", low=1)
+    decay_share: float = key(0.6, "wsd: last share of the run, in which the rate falls; 1: all of it", low=0, high=1)
     weight_decay: float = key(0.1, "on matrices; vectors have none", low=0)
-    beta1: float = key(0.9, "AdamW", low=0, high=0.9999)
-    beta2: float = key(0.95, "AdamW", low=0, high=0.99999)
+    beta1: float = key(0.9, "AdamW's decay of the mean of gradients", low=0, high=0.9999)
+    beta2: float = key(0.95, "AdamW's decay of the mean of their squares", low=0, high=0.99999)
     grad_clip: float = key(1.0, "largest norm of the gradient; 0: no clipping", low=0)
     tensorboard_path: str | None = key("runs", "folder of TensorBoard's logs; empty: none")
 
@@ -95,14 +95,14 @@ class TrainSettings(Training):
     bias: bool = key(True, "gpt2: biases in Linear and LayerNorm (modern has none)")
     tied: bool | None = key(None, "output layer shares the token embedding; empty: gpt2 yes, modern no")
     bigram_start: bool = key(True, "start a new modern model that has its own output layer from the bigram counts of the corpus")
-    chain: float = key(0.0, "share of the dialogues to train on behind the one before, where both fit, as its next subject", low=0, high=1)
+    chain: float = key(0.0, "share of the dialogues that join the one before, where both fit, as a change of subject", low=0, high=1)
     tokenizer: str = key("char", "char, bpe, or the path of a tokenizer or checkpoint to take it from")
     vocab_size: int | None = key(None, "largest vocabulary; empty: all characters (bpe: 8000)", low=4, high=2**24)
-    min_freq: int = key(1, "char: rarer characters become <unk>; bpe: pairs rarer than this or 2 are not merged", low=1, high=2**31 - 1)
+    min_freq: int = key(1, "char: rarer characters become <unk>; bpe: rarer pairs are not merged (at least 2)", low=1, high=2**31 - 1)
     eval_freq: int = key(500, "steps between evaluations", low=1)
     eval_steps: int | None = key(None, "batches of test_batch in an evaluation; empty: all that is held out", low=1)
     save_freq: int = key(1000, "steps between checkpoints; an evaluation saves one too", low=1)
-    keep: int = key(2, "checkpoints kept beside the best and the last", low=0)
+    keep: int = key(2, "numbered checkpoints kept besides the newest and the best", low=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,6 @@ class SentimentSettings(Training):
     base_model: str | None = key(None, "checkpoint to start from: a GPT or another classifier")
     use_mask: bool = key(True, "True: read the class at <extract>; False: at the last position of the padded row")
     frozen: bool = key(False, "train only the last block, the final norm, the head and the two new embeddings")
-    causal: bool = key(True, "False: positions see later ones too, in prediction as well")
     ngrams: int = key(0, "add a linear model on the hashed 1- to n-grams of tokens to the scores; 0: none", low=0, high=8)
     val_percent: float = key(0.1, "share of the training part that the epoch is chosen on; 0: take the last epoch", low=0, high=0.9)
     seeds: list[int] | None = key(None, "repeat with each of these seeds (weights and split); empty: seed alone", low=0, high=2**32 - 1)

@@ -5,9 +5,9 @@ its utterances joined by newlines. `<pad>` ends a dialogue. Neither can be typed
 """
 
 import codecs
-import concurrent.futures
 import json
 import re
+import signal
 import threading
 import unicodedata
 
@@ -156,32 +156,15 @@ class BPETokenizer(Tokenizer):
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size - len(SPECIALS), min_frequency=max(2, min_freq), show_progress=False,
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-        interrupted, parked, done = threading.Event(), threading.Event(), concurrent.futures.Future()
-
-        def lines():
-            for line in (line for text in texts for line in text.split("\n") if line):
-                if interrupted.is_set():
-                    parked.set()
-                    threading.Event().wait()  # for ever: a thread that asks for Python's lock while Python ends would abort it
-                yield line
-            parked.set()
-
-        def learn():
-            try:
-                done.set_result(bpe.train_from_iterator(lines(), trainer))
-            except BaseException as error:
-                done.set_exception(error)
-
-        threading.Thread(target=learn, daemon=True).start()  # it takes minutes, in which the library notices no Ctrl-C
+        # For minutes the library lets Python hear no Ctrl-C: here it ends the process at once, unless it was given another meaning.
+        plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+        if plain:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         try:
-            while not done.done():
-                concurrent.futures.wait([done], timeout=0.2)  # Windows notices none in a wait without end either
-        except KeyboardInterrupt:
-            interrupted.set()
-            while not done.done() and not parked.wait(0.01):
-                pass
-            raise
-        done.result()
+            bpe.train_from_iterator((line for text in texts for line in text.split("\n") if line), trainer)
+        finally:
+            if plain:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
         return cls(bpe.to_str())
 
     def encode_batch(self, texts):

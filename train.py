@@ -47,18 +47,20 @@ def train(settings, runtime, dry_run, begin):
     if runtime.main and not dry_run:
         runtime.processes.claim(settings.checkpoint_root)
     path, saved = find_checkpoint(settings, runtime, rename=not dry_run)
-    tokenizer = checkpoint.unpack(saved, path)[1] if saved else None
+    if saved:
+        saved["config"]["dropout"] = settings.dropout
+    model, tokenizer = checkpoint.unpack(saved, path) if saved else (None, None)
     if saved and (size := saved["config"]["block_size"]) != settings.block_size:
         raise UserError(f"{path} has block_size={size}, not {settings.block_size}: give block_size={size}")
     settings = keep_split(settings, runtime, path, saved, tokenizer)
     trained_on = saved and saved["progress"].get("store")  # a classifier's has none, nor has the original's
     store = runtime.processes.once(lambda: data.prepare(settings, tokenizer, trained_on))  # the others wait
-    tokenizer = tokenizer_module.load(os.path.join(store, "tokenizer.json"))
+    known, tokenizer = tokenizer, tokenizer_module.load(os.path.join(store, "tokenizer.json"))
     if settings.vocab_size and tokenizer.size > settings.vocab_size:
         runtime.say(f"vocab_size={tokenizer.size}, as in {path or settings.tokenizer}, not {settings.vocab_size}")
     documents, held_out, made = data.Documents(store, "train"), data.Documents(store, "val"), data.manifest(store)
     torch.manual_seed(settings.seed)
-    model = make_model(settings, tokenizer, path, saved, runtime)
+    model = fitted(model, known, tokenizer, settings, path, runtime) if saved else GPT(GPTConfig.of(settings, tokenizer.size))
     progress, same_run = starting_point(settings, runtime, path, saved, made)
     if begun := progress["step"]:
         runtime.say(f"going on from {path} at step {begun}")
@@ -116,6 +118,16 @@ def train(settings, runtime, dry_run, begin):
             total += loss.detach()
         return total
 
+    def save():
+        """Rank 0 writes a checkpoint; its path."""
+        if not runtime.main:
+            return None
+        content = checkpoint.describe(model, tokenizer) | dict(
+            optimizer=[optimizer.state_dict() for optimizer in optimizers], scaler=scaler.state_dict(), progress=progress,
+            random=dict(seed=settings.seed), settings=dataclasses.asdict(settings), metrics=metrics)
+        new = bar.write if saved_step < 0 else None
+        return checkpoint.save(settings.checkpoint_root, progress["step"], content, settings.keep, new)
+
     learn = Recorded(learn) if record else learn
     stopping = rt.StopSignal(runtime.processes)
     writer = rt.tensorboard(runtime, settings.tensorboard_path, begun)
@@ -128,10 +140,12 @@ def train(settings, runtime, dry_run, begin):
         minutes, wish = rt.add_up(runtime, (earlier + (time.perf_counter() - begin) / 60) * runtime.main, bool(stopping))
         progress["minutes"], step = minutes, progress["step"]
         share = share_done(settings, step, minutes, passes())
-        finished = (share >= 1 and step > 0) or (settings.patience is not None and progress["worse"] >= settings.patience)
+        finished = share >= 1 and step > 0
         due = not wish and step not in (0, progress["scored"]) and (finished or step % settings.eval_freq == 0)
         better = False
-        if due and saved_step >= 0:  # a run saves, below, before its first evaluation, which may run out of memory
+        if due:
+            if saved_step < 0:  # a run's first evaluation may run out of memory
+                saved_step, saved_path = step, save()
             before, metrics = metrics.get("tokens"), evaluate(model, held_out, tokenizer, settings, runtime) | dict(step=step)
             if before not in (None, metrics["tokens"]):  # eval_steps or test_batch is another: losses do not compare
                 progress |= dict(best=math.inf, worse=0)
@@ -140,17 +154,12 @@ def train(settings, runtime, dry_run, begin):
             if runtime.main:
                 tell_evaluation(bar, writer, metrics, mean_loss, minutes, sample_replies(model, samples, tokenizer, runtime))
 
+        finished |= settings.patience is not None and progress["worse"] >= settings.patience
         if due or step not in (0, saved_step) and (finished or wish or step % settings.save_freq == 0):
-            if runtime.main:
-                content = checkpoint.describe(model, tokenizer) | dict(
-                    optimizer=[optimizer.state_dict() for optimizer in optimizers], scaler=scaler.state_dict(), progress=progress,
-                    random=dict(seed=settings.seed), settings=dataclasses.asdict(settings), metrics=metrics)
-                saved_path = checkpoint.save(settings.checkpoint_root, step, content, settings.keep, bar.write if saved_step < 0 else None)
-                if better:
-                    checkpoint.name_also(saved_path, "best.pth")
-            saved_step, tick, tick_tokens = step, time.perf_counter(), 0
-        if due:  # now evaluate, if that was the first save; else see whether patience has run out
-            continue
+            saved_step, saved_path = step, save()
+            if runtime.main and better:
+                checkpoint.name_also(saved_path, "best.pth")
+            tick, tick_tokens = time.perf_counter(), 0
         if wish:
             rt.add_up(runtime, 0)  # waits until rank 0 has saved: a launcher may end all processes when the first has ended
             bar.close()
@@ -242,16 +251,12 @@ def keep_split(settings, runtime, path, saved, tokenizer):
     return kept
 
 
-def make_model(settings, tokenizer, path, saved, runtime):
-    """The model that the settings describe, or the checkpoint's with the settings' dropout."""
+def fitted(model, known, tokenizer, settings, path, runtime):
+    """A checkpoint's model, with rows for what `tokenizer` has more than its own, `known`. Lines say what the settings want otherwise."""
+    if added := tokenizer.size - known.size:
+        runtime.say(f"{added} characters of {settings.data_path} join the vocabulary of {path}")
+        model = extended(model, added, settings.dropout, tokenizer_module.UNK, known.size)
     config = GPTConfig.of(settings, tokenizer.size)
-    if saved is None:
-        return GPT(config)
-    saved["config"]["dropout"] = settings.dropout
-    model, old = checkpoint.unpack(saved, path)
-    if tokenizer.size > old.size:
-        runtime.say(f"{tokenizer.size - old.size} characters of {settings.data_path} join the vocabulary of {path}")
-        model = extended(model, tokenizer.size - old.size, settings.dropout, tokenizer_module.UNK, old.size)
     if settings.tokenizer != (kind := tokenizer.state()["kind"]):
         runtime.say(f"tokenizer={kind}, as in {path}, not {settings.tokenizer}")
     for field in dataclasses.fields(GPTConfig):

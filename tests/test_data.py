@@ -81,15 +81,15 @@ def test_jsonl_whose_rows_have_the_keys_of_both_forms_is_read(tmp_path):
     assert list(data.read_dialogues(str(path))) == ["吃了吗\n吃了"] * 2 + ["好"]
 
 
-def test_speakers_in_jsonl_take_turns_where_turns_are_empty_or_nobody_s(tmp_path):
+def test_speakers_in_jsonl_take_turns_where_turns_are_empty_nobody_s_or_of_the_same_one(tmp_path):
     path = tmp_path / "c.jsonl"
-    turns = [("System", "快"), ("user", "在吗"), ("user", "几点了"), ("assistant", None), ("tool", '{"time": 9}'), ("assistant", "九点"),
+    turns = [("System", "快"), ("user", "在吗"), ("User", "几点了"), ("assistant", None), ("tool", '{"time": 9}'), ("assistant", "九点"),
              ("user", " "), ("assistant", "还有事吗"), ("user", "没了")]
-    without_roles = [{"value": "好"}, {"value": "好"}]
+    without_roles = [{"value": "好"}, {"value": "好"}, {"value": ""}, {"role": None, "value": "好"}]
     calls = [dict(role="system"), dict(role="user", content="几点"), dict(role="assistant", tool_calls=[])]
     entries = [{"messages": [dict(role=role, content=text) for role, text in turns]}, {"conversations": without_roles}, {"messages": calls}]
     path.write_text("\n".join(map(json.dumps, entries)))
-    assert list(data.read_dialogues(str(path))) == ["在吗\n几点了\n九点 还有事吗\n没了", "好\n好", "几点"]
+    assert list(data.read_dialogues(str(path))) == ["在吗 几点了\n九点 还有事吗\n没了", "好\n好\n好", "几点"]
 
 
 @pytest.mark.parametrize("block", [1, 1000, data.BLOCK])
@@ -97,7 +97,7 @@ def test_a_store_of_jsonl_is_that_of_the_same_text(tmp_path, monkeypatch, block)
     monkeypatch.setattr(data, "BLOCK", block)
     dialogues = [[f"第{i}句", f"好{i % 7}"] for i in range(2500)]
     (tmp_path / "c.txt").write_text("\n\n".join(map("\n".join, dialogues)))
-    turns = [[dict(role="user", content=text) for text in dialogue] for dialogue in dialogues]
+    turns = [[dict(role=role, content=text) for role, text in zip(("user", "assistant"), dialogue)] for dialogue in dialogues]
     (tmp_path / "c.jsonl").write_text("\ufeff" + "\r\n".join(json.dumps({"messages": messages}) for messages in turns))
     stores = [data.prepare(make_settings(tmp_path / name)) for name in ("c.txt", "c.jsonl")]
     for name in ("text.bin", "spans.npy", "training.npy", "tokenizer.json"):
@@ -175,21 +175,33 @@ def test_a_corpus_that_cannot_be_used_is_one_line_and_leaves_nothing(tmp_path, n
     assert os.listdir(tmp_path) == [name]
 
 
+SLOW_BPE = """
+import sys, data, tokenizer
+from settings import TrainSettings
+def train(texts, *more, plain=tokenizer.BPETokenizer.train):
+    print("training", flush=True)
+    return plain(texts, *more)
+tokenizer.BPETokenizer.train = train
+data.prepare(TrainSettings(data_path=sys.argv[1], tokenizer="bpe", vocab_size=int(sys.argv[2])))
+"""
+
+
 def test_ctrl_c_leaves_the_training_of_a_bpe_at_once_and_nothing_behind(tmp_path):
     """Inside its library, where large corpora spend minutes, Python hears no signal."""
     points = np.random.default_rng(0).integers(ord("一"), ord("龥"), (60_000, 60), dtype=np.uint32)
     (tmp_path / "c.txt").write_text("\n\n".join(map(tokenizer.text_of, points)), encoding="utf-8")
-    command = ["data.py", "prepare", "config/demo.yaml", f"data_path={tmp_path / 'c.txt'}", "tokenizer=bpe", "vocab_size=30000"]
-    for seconds in (0.2, 0.26, 0.32, 0.38, 1.0):  # while it reads, and later
-        process = subprocess.Popen([sys.executable, *command], cwd=runs.ROOT, stderr=subprocess.PIPE, text=True,
-                                   preexec_fn=runs.hear_ctrl_c)
-        runs.wait_for(lambda: list(tmp_path.glob(".cache/.making-*/*")))
+    start = lambda size: subprocess.Popen([sys.executable, "-c", SLOW_BPE, tmp_path / "c.txt", str(size)], cwd=runs.ROOT, text=True,
+                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=runs.hear_ctrl_c)
+    for seconds in (0.1, 0.3, 1.0):  # while it reads, and later
+        process = start(30_000)
+        assert process.stdout.readline() == "training\n"
         time.sleep(seconds)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         begin = time.monotonic()
-        assert process.communicate() == (None, "interrupted\n") and process.returncode == 130
-        assert time.monotonic() - begin < 2 and os.listdir(tmp_path) == ["c.txt"]
+        assert process.communicate() == ("", "") and process.returncode == -signal.SIGINT
+        assert time.monotonic() - begin < 2 and os.listdir(tmp_path / ".cache") == []
+    assert start(300).communicate() == ("training\n", "") and len(os.listdir(tmp_path / ".cache")) == 1
 
 
 def test_the_command_that_converts_a_corpus_can_be_pasted(tmp_path):
@@ -201,13 +213,14 @@ def test_the_command_that_converts_a_corpus_can_be_pasted(tmp_path):
     assert command == ["iconv", "-f", "GB18030", "-t", "UTF-8", str(path), ">", "utf8.txt"]
 
 
-def test_the_script_for_chat_exports_leaves_out_messages_without_text(tmp_path):
+def test_the_script_for_chat_exports_leaves_out_messages_without_text_and_joins_those_of_one_person(tmp_path):
     with open(os.path.join(runs.ROOT, "data", "README.md"), encoding="utf-8") as file:
         script = file.read().partition("<<'END'\n")[2].partition("END\n")[0]
-    export = ["20:31:07 甲: 你好", "20:31:09 乙: 在", "20:32:09 乙: ", "20:33:00 甲:  ", "20:34:00 甲: 好", "22:00:00 乙: 晚安"]
+    export = ["20:31:07 甲: 你好", "20:31:09 乙: 在", "20:32:09 乙: ", "20:33:00 甲:  ", "20:34:00 甲: 好", "20:34:10 甲: 的", "22:00:00 甲: 嗯",
+              "22:00:20 乙: 晚安"]
     (tmp_path / "export.txt").write_text("\n".join(f"2024-05-01 {line}" for line in export) + "\n第二行\n\n")
     done = subprocess.run([sys.executable, "-", tmp_path / "export.txt"], input=script, capture_output=True, text=True, check=True)
-    assert done.stdout == "你好\n在\n好\n\n晚安 第二行\n"
+    assert done.stdout == "你好\n在\n好 的\n\n嗯\n晚安 第二行\n"
 
 
 def test_a_pipe_is_no_corpus(tmp_path):
@@ -500,7 +513,7 @@ def test_preparing_long_dialogues_takes_no_memory_of_their_size(tmp_path, name, 
     dialogues = [[f"第{number}段"] + ["　　这是一句不长也不短的话，用来占地方。"] * 18_000 for number in range(megabytes)]
     with open(tmp_path / name, "w", encoding="utf-8") as file:
         for dialogue in dialogues:
-            messages = dict(messages=[dict(role="user", content=line) for line in dialogue])
+            messages = dict(messages=[dict(role=("user", "assistant")[n % 2], content=line) for n, line in enumerate(dialogue)])
             file.write(json.dumps(messages, ensure_ascii=False) + "\n" if name == "c.jsonl" else "\n".join(dialogue) + "\n\n")
     if kind == "bpe":
         kind = str(tmp_path / "tokenizer.json")

@@ -113,14 +113,14 @@ def test_a_folder_that_transformers_trained_and_saved_becomes_a_checkpoint_again
     ids = torch.randint(3, ours.size, (2, 48))
     with torch.no_grad():
         torch.testing.assert_close(model.logits(model.hidden(ids)), theirs.eval()(ids).logits, atol=2e-4, rtol=1e-4)
-    with pytest.raises(UserError, match="exists; name a new file NAME.pth"):
+    with pytest.raises(UserError, match="exists; name a new one"):
         export.main()
 
 
 def test_what_a_checkpoint_cannot_hold_of_a_folder_is_said_in_one_line(tmp_path, capsys):
     path, folder = write_checkpoint(tmp_path, "char", arch="modern"), tmp_path / "exported"
     export.export(path, str(folder))
-    with pytest.raises(UserError, match="becomes a checkpoint: name a new file NAME.pth"):
+    with pytest.raises(UserError, match="is a folder: of Hugging Face's files name a new file NAME.pth"):
         export.export(str(folder), str(tmp_path / "back.gguf"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
@@ -222,7 +222,7 @@ def test_bpe_without_merges_which_llama_cpp_refuses_is_said_and_nothing_written(
 
 def test_export_writes_into_no_folder_that_holds_something(tmp_path):
     path = write_checkpoint(tmp_path, "char", arch="modern")
-    with pytest.raises(UserError, match="exists; name a new folder"):
+    with pytest.raises(UserError, match="exists; name a new one"):
         export.export(path, str(tmp_path))
     with pytest.raises(UserError, match="would be a folder"):
         export.export(path, str(tmp_path / "model.onnx"))

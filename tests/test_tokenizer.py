@@ -1,3 +1,5 @@
+import concurrent.futures
+import signal
 import time
 
 import pytest
@@ -50,6 +52,29 @@ def test_streamed_bpe_never_shows_half_a_character(bpe, text):
     shown = list(bpe.decode_stream(bpe.encode(text).tolist()))
     assert "".join(shown) == text
     assert all("�" not in part for part in shown) or "�" in text
+
+
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_an_error_while_a_bpe_reads_reaches_the_caller_and_ctrl_c_means_what_it_did(handler):
+    def texts():
+        yield from [TEXT] * 300  # the library takes some at a time
+        within.append(signal.getsignal(signal.SIGINT))
+        raise UserError("damaged")
+
+    within, before = [], signal.signal(signal.SIGINT, handler)
+    try:
+        with pytest.raises(UserError, match="damaged"):
+            BPETokenizer.train(texts(), vocab_size=400)
+        assert signal.getsignal(signal.SIGINT) is handler
+        assert within == [signal.SIG_DFL if handler is signal.default_int_handler else handler]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_bpe_is_trained_in_a_thread_too():
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        made = pool.submit(BPETokenizer.train, [TEXT], vocab_size=400).result()
+    assert made.state() == BPETokenizer.train([TEXT], vocab_size=400).state()
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
