@@ -213,11 +213,11 @@ def test_the_command_that_converts_a_corpus_can_be_pasted(tmp_path):
     assert command == ["iconv", "-f", "GB18030", "-t", "UTF-8", str(path), ">", "utf8.txt"]
 
 
-def test_the_script_for_chat_exports_leaves_out_messages_without_text_and_joins_those_of_one_person(tmp_path):
+def test_the_script_for_chat_exports_drops_empty_messages_and_joins_those_of_one_person(tmp_path):
     with open(os.path.join(runs.ROOT, "data", "README.md"), encoding="utf-8") as file:
         script = file.read().partition("<<'END'\n")[2].partition("END\n")[0]
-    export = ["20:31:07 甲: 你好", "20:31:09 乙: 在", "20:32:09 乙: ", "20:33:00 甲:  ", "20:34:00 甲: 好", "20:34:10 甲: 的", "22:00:00 甲: 嗯",
-              "22:00:20 乙: 晚安"]
+    export = ["20:31:07 甲: 你好", "20:31:09 乙: 在", "20:32:09 乙: ", "20:33:00 甲:  ", "20:34:00 甲: 好", "20:34:10 甲: 的",
+              "22:00:00 甲: 嗯", "22:00:20 乙: 晚安"]
     (tmp_path / "export.txt").write_text("\n".join(f"2024-05-01 {line}" for line in export) + "\n第二行\n\n")
     done = subprocess.run([sys.executable, "-", tmp_path / "export.txt"], input=script, capture_output=True, text=True, check=True)
     assert done.stdout == "你好\n在\n好 的\n\n嗯\n晚安 第二行\n"
