@@ -19,6 +19,8 @@ from model import GPT, GPTConfig, Recorded, Sampling, extended, generate
 from optim import learning_rate, make_optimizers, set_learning_rate, share_done, update
 from settings import TrainSettings, UserError, quoted
 
+BY_HEART = 1.0  # nats a token: with a training loss below this, a model mostly says what its text has (bench/LOG.md)
+
 
 def main():
     begin = time.perf_counter()
@@ -430,7 +432,7 @@ def ending(settings, progress, metrics, mean_loss, share, idle, compiling, vocab
         elif not poor:
             by_heart = " (it knows its training text better than best.pth)"
     return (f"finished after {progress['step']} steps and {progress['minutes']:.1f} minutes{why}: {files}\n"
-            f"talk to it: python chat.py {quoted(f'{folder}/{name}')}{by_heart}")
+            f"talk to it: python chat.py {quoted(f'{folder}/{name}')}{' best_of=4' * ((mean_loss or 0) > BY_HEART)}{by_heart}")
 
 
 def describe(settings, runtime, model, epoch, held_out, made):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -180,3 +181,17 @@ def test_every_benchmark_runs_in_smoke_mode(tmp_path, capsys):
     (run,) = [line for line in found if line["bench"] == "time_to_loss"]
     assert run["steps"] == 10 and 0 < run["training"] < run["all_in"] and 2 < run["loss"] < 10
     assert os.path.getsize(tmp_path / "curves.png") > 1000 and "real tokens/s" in capsys.readouterr().out
+
+
+def test_the_rate_that_mfu_is_of_comes_of_more_than_the_first_product():
+    """One product of 256, slowed by another program, once stood for the machine: MFU was 6000 %."""
+    slow_first = iter([1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+
+    class Slow(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), others=None):
+            if function is torch.Tensor.matmul or function is torch.Tensor.__matmul__:
+                time.sleep(next(slow_first, 0.0))
+            return function(*arguments, **(others or {}))
+    with Slow():
+        rate = rt.matmul_rate(torch.device("cpu"), torch.float32, size=256, seconds=0.2)
+    assert rate > 2 * 256 ** 3 / 0.5

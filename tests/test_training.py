@@ -104,7 +104,7 @@ def test_going_on_says_from_where_and_why_it_ends(trained):
     assert "it knows its training text" not in output
     _, output, folder = trained(max_steps=30, eval_freq=10)
     _, output, _ = trained(max_steps=60, eval_freq=10, resume_from="auto", lr=1.0, muon_lr=3.0)
-    assert runs.checkpoint(folder, "best.pth")["progress"]["step"] == 30 and "chat.py " + str(folder / "best.pth") in output
+    assert runs.checkpoint(folder, "best.pth")["progress"]["step"] == 30 and f"chat.py {folder / 'best.pth'} best_of=4" in output
     trained(max_steps=200, eval_freq=20)
     _, output, _ = trained(max_steps=205, eval_freq=200, resume_from="auto")
     assert "last.pth (it knows its training text better than best.pth)" in output
