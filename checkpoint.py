@@ -214,11 +214,11 @@ def newest(folder, corpus=None, rename=True):
     return None, None
 
 
-def unpack(content, path):
-    """(model in evaluation mode on the CPU, tokenizer) of a checkpoint's content."""
+def unpack(content, path, **changes):
+    """(model in evaluation mode on the CPU, tokenizer) of a checkpoint's content; `changes` to its configuration: another dropout."""
     try:
         with torch.device("meta"):  # no time spent on random weights
-            model = GPT(GPTConfig(**content["config"]))
+            model = GPT(GPTConfig(**content["config"] | changes))
         model.load_state_dict(content["model"], assign=True)
         tokenizer = tokenizer_module.from_state(content["tokenizer"])
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:

@@ -359,7 +359,7 @@ def _write_store(folder, path, settings, tokenizer, grow, corpus):
             yield text_of(points[begin:end - 1])
 
     if tokenizer is None and settings.tokenizer == "bpe":
-        os.rmdir(folder)  # still empty: a Ctrl-C in the training, which ends the process, leaves nothing behind
+        os.rmdir(folder)  # still empty: a Ctrl-C in the training, which ends the process, leaves an empty .cache
         tokenizer = BPETokenizer.train(texts(spans[training], "making the vocabulary"), settings.vocab_size or 8000, settings.min_freq)
         os.makedirs(folder)
     elif tokenizer is None or grow:

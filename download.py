@@ -221,11 +221,13 @@ def main(arguments):
     options = parser.parse_args(arguments)
     if options.address and options.what not in ("chat", "sentiment"):
         raise UserError(f"--address={options.address} goes with chat or sentiment alone; for the weights set HF_ENDPOINT")
+    if options.tries < 1:
+        raise UserError(f"--tries={options.tries} fetches nothing; give 1 or more")
     known = files(options.address)
     problems = []
     for file in sum(known.values(), []) if options.what == "all" else known[options.what]:
         try:
-            get(file, max(1, options.tries))
+            get(file, options.tries)
         except UserError as error:  # the other files may still be had
             problems.append(str(error))
     if problems:

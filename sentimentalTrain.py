@@ -30,6 +30,7 @@ from settings import SentimentSettings, UserError
 from tokenizer import SEP, UNK
 
 NEW = 2  # tokens after the vocabulary: <start> and <extract>
+RUN = re.compile(r"seed\d+(-(split|fold)\d+)?")  # folder of one run of several
 PART = 4096  # reviews that are predicted and printed together
 
 
@@ -65,7 +66,8 @@ def command_line():
         "       python sentimentalTrain.py CONFIG|CHECKPOINT --predict FILE|- | --predict-text TEXT")
     parser.add_argument("config", nargs="+", help="YAML files, key=value; with --predict a .pth file too")
     parser.add_argument("--dry-run", action="store_true", help="print settings, size, memory and FLOPs, and stop")
-    parser.add_argument("--table", metavar="PATH", default="checkpoints/ablation", type=lambda path: re.sub(r"(/|\.md|\.png)$", "", path),
+    parser.add_argument("--table", metavar="PATH", default="checkpoints/ablation",
+                        type=lambda path: re.sub(r"\.(md|png)$", "", path if os.path.basename(path) else os.path.join(path, "ablation")),
                         help="where the table of several configurations goes, as PATH.md and PATH.png (default: %(default)s)")
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--predict", metavar="FILE", help="label and probability of each review: the column review of a .csv or .tsv, "
@@ -76,8 +78,9 @@ def command_line():
 
 def configurations(words, predicting):
     """(paths, their settings) of the words of a command line; of a checkpoint, to predict with, they are what key=value says."""
-    over = settings_module.overrides(word for word in words if "=" in word)
-    paths = [path for word in words if "=" not in word for path in sorted(glob.glob(word)) or [word]]  # Windows expands no *
+    names = [word for word in words if "=" not in word or os.path.isfile(word)]  # it may lie in a folder called lr=0.01
+    paths = [path for name in names for path in ([] if os.path.exists(name) else sorted(glob.glob(name))) or [name]]  # Windows expands no *
+    over = settings_module.overrides(word for word in words if word not in names)
     if not paths:
         raise UserError("no configuration is named; config/demoSentimental.yaml is one")
     if predicting:
@@ -106,7 +109,8 @@ def check(all_settings, processes):
             raise UserError(f"checkpoint_root={settings.checkpoint_root} is shared by several configurations: each would set aside the "
                             "previous one's results; give each its own")
         folder, name = os.path.split(settings.base_model)
-        if os.path.realpath(folder) in roots and checkpoint.OURS.fullmatch(name):
+        above, last = os.path.split(folder := os.path.realpath(folder))
+        if (folder in roots or above in roots and RUN.fullmatch(last)) and checkpoint.OURS.fullmatch(name):
             raise UserError(f"base_model={settings.base_model} lies in checkpoint_root: a classifier would take its place, "
                             "and the next run start from that; name another checkpoint_root")
         if (settings.data_path or "").lower().endswith((".csv", ".tsv")):
@@ -332,6 +336,8 @@ def load(path):
     gpt, tokenizer, meta = checkpoint.load_model(path)
     if (saved := meta.get("classifier")) is None:
         raise UserError(f"{path} is no classifier; make one: python sentimentalTrain.py config/demoSentimental.yaml base_model={path}")
+    if not saved.get("causal", True):
+        raise UserError(f"{path} was trained with causal=False, which this version no longer has: train it anew")
     classifier = Classifier(gpt, len(saved["names"]), saved["use_mask"])
     classifier.classifier.load_state_dict(saved["head"])
     return classifier.eval(), Ngrams(**saved["ngrams"]) if saved["ngrams"] else None, tokenizer, saved

@@ -62,7 +62,7 @@ class Training(Common):
     train_batch: int = key(16, "rows in a step, over all processes and accumulation", low=1, high=2**20)
     test_batch: int = key(16, "rows at once in an evaluation", low=1)
     micro_batch: int | str = key("auto", "rows that a process holds at once, the rest by gradient accumulation; auto: what fits on a GPU, "
-                                 "8192 tokens on a CPU; at most half of the batch (sentimentalTrain.py)")
+                                 "8192 tokens elsewhere (sentimentalTrain.py: half of the batch, which is the most there)")
     checkpointing: bool = key(False, "recompute activations in the backward pass: less memory, a third more time")
     max_epoch: int = key(1919810, "stop after so many passes over the data; the default is next to no limit", low=1)
     max_steps: int | None = key(None, "stop after so many steps; the schedule ends there too", low=1)
@@ -95,7 +95,7 @@ class TrainSettings(Training):
     bias: bool = key(True, "gpt2: biases in Linear and LayerNorm (modern has none)")
     tied: bool | None = key(None, "output layer shares the token embedding; empty: gpt2 yes, modern no")
     bigram_start: bool = key(True, "start a new modern model that has its own output layer from the bigram counts of the corpus")
-    chain: float = key(0.0, "share of the dialogues that join the one before, where both fit, as a change of subject", low=0, high=1)
+    chain: float = key(0.0, "probability that a dialogue joins the one before, where both fit, as a change of subject", low=0, high=1)
     tokenizer: str = key("char", "char, bpe, or the path of a tokenizer or checkpoint to take it from")
     vocab_size: int | None = key(None, "largest vocabulary; empty: all characters (bpe: 8000)", low=4, high=2**24)
     min_freq: int = key(1, "char: rarer characters become <unk>; bpe: rarer pairs are not merged (at least 2)", low=1, high=2**31 - 1)

@@ -49,10 +49,8 @@ def train(settings, runtime, dry_run, begin):
     if runtime.main and not dry_run:
         runtime.processes.claim(settings.checkpoint_root)
     path, saved = find_checkpoint(settings, runtime, rename=not dry_run)
-    if saved:
-        saved["config"]["dropout"] = settings.dropout
-    model, tokenizer = checkpoint.unpack(saved, path) if saved else (None, None)
-    if saved and (size := saved["config"]["block_size"]) != settings.block_size:
+    model, tokenizer = checkpoint.unpack(saved, path, dropout=settings.dropout) if saved else (None, None)
+    if saved and (size := model.config.block_size) != settings.block_size:
         raise UserError(f"{path} has block_size={size}, not {settings.block_size}: give block_size={size}")
     settings = keep_split(settings, runtime, path, saved, tokenizer)
     trained_on = saved and saved["progress"].get("store")  # a classifier's has none, nor has the original's

@@ -489,26 +489,31 @@ def test_reviews_tested_on_that_were_trained_on_are_counted(config, tmp_path, mo
 def test_a_base_in_checkpoint_root_is_refused_and_stays(config, tmp_path, monkeypatch):
     """The run would put its classifier in the base's place, and the same command would start from that, trained on the new test part."""
     run(monkeypatch, config, "max_epoch=1")
-    shutil.copytree(tmp_path / "out", tmp_path / "in" / "mine")
+    for folder in ("seed1", "seed1-fold2", "mine"):
+        shutil.copytree(tmp_path / "out", tmp_path / "in" / folder)
     (tmp_path / "other.yaml").write_text(open(config).read().replace("/out", "/other"))
-    for words in ([config], [str(tmp_path / "other.yaml"), config]):
+    inside = f"checkpoint_root={tmp_path}/in"
+    for base, *words in (("out", config), ("in/seed1", config, inside, "seeds=1,2"), ("in/seed1-fold2", config, inside, "folds=2"),
+                         ("out", str(tmp_path / "other.yaml"), config)):
         with pytest.raises(UserError, match="lies in checkpoint_root"):
-            run(monkeypatch, *words, f"base_model={tmp_path}/out/best.pth", "max_epoch=1")
-    run(monkeypatch, config, f"checkpoint_root={tmp_path}/in", f"base_model={tmp_path}/in/mine/best.pth", "max_epoch=1")
+            run(monkeypatch, *words, f"base_model={tmp_path}/{base}/best.pth", "max_epoch=1")
+    run(monkeypatch, config, inside, f"base_model={tmp_path}/in/mine/best.pth", "max_epoch=1")
     assert (tmp_path / "out" / "best.pth").exists() and not list(tmp_path.glob("*/before-*")) and not list(tmp_path.glob("*/*/before-*"))
 
 
 def test_several_configurations_end_in_one_table_and_a_picture(config, tmp_path, monkeypatch, capsys):
     other = tmp_path / "other.yaml"
     other.write_text(open(config).read().replace("/out", "/second") + "frozen: True\nuse_mask: False\n")
-    run(monkeypatch, str(other), str(tmp_path / "t*y.yaml"), "seeds=[1,2]", "max_epoch=1", "--table", str(tmp_path / "made" / "table"))
-    text = (tmp_path / "made" / "table.md").read_text()
+    os.rename(other, other := tmp_path / "other[t].yaml")
+    (tmp_path / "othert.yaml").write_text("a name that the one before would mean as a pattern")
+    run(monkeypatch, str(other), str(tmp_path / "t*y.yaml"), "seeds=[1,2]", "max_epoch=1", "--table", f"{tmp_path}/made/")
+    text = (tmp_path / "made" / "ablation.md").read_text()
     assert text in capsys.readouterr().out
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     assert lines[0][:4] == ["configuration", "mask", "frozen", "accuracy"]
-    assert lines[2][:3] == ["other", "no", "yes"] and lines[3][:3] == ["tiny", "yes", "no"]
+    assert lines[2][:3] == ["other[t]", "no", "yes"] and lines[3][:3] == ["tiny", "yes", "no"]
     assert "±" in lines[3][3]
-    assert (tmp_path / "made" / "table.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (tmp_path / "made" / "ablation.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     told = metrics(tmp_path / "out")
     assert [one["seed"] for one in told["runs"]] == [1, 2]
     assert told["accuracy"] == pytest.approx(np.mean([one["test"]["accuracy"] for one in told["runs"]]))
@@ -606,6 +611,10 @@ def test_predicting_says_what_is_missing_and_takes_a_run_s_folder(config, tmp_pa
         run(monkeypatch, str(tmp_path / "out"), "--predict", str(tmp_path / "none.csv"))
     with pytest.raises(UserError, match="resume_from=a.pth is not used in predicting: name the classifier"):
         run(monkeypatch, config, "resume_from=a.pth", "--predict-text", "很好")
+    os.rename(tmp_path / "out", tmp_path / "lr=1e-2")
+    monkeypatch.chdir(tmp_path)  # where lr=1e-2 is a folder too
+    run(monkeypatch, "lr=1e-2/best.pth", "lr=1e-2", "--predict-text", "很好")
+    assert capsys.readouterr().out.count("\t") == 1
 
 
 def test_reviews_in_json_are_refused_by_name(config, tmp_path, monkeypatch):
@@ -650,6 +659,15 @@ def test_a_missing_base_or_a_checkpoint_without_a_classifier_says_what_to_do(con
         run(monkeypatch, base)
     with pytest.raises(UserError, match="is no classifier"):
         run(monkeypatch, base, "--predict-text", "好")
+
+
+def test_a_classifier_whose_attention_was_not_causal_is_refused(config, tmp_path, monkeypatch):
+    run(monkeypatch, config, "max_epoch=1")
+    content = torch.load(tmp_path / "out" / "best.pth")
+    content["classifier"]["causal"] = False
+    torch.save(content, tmp_path / "older.pth")
+    with pytest.raises(UserError, match="older.pth was trained with causal=False"):
+        run(monkeypatch, str(tmp_path / "older.pth"), "--predict-text", "好")
 
 
 def test_a_dry_run_describes_and_writes_nothing(config, tmp_path, monkeypatch, capsys):

@@ -483,6 +483,12 @@ def test_a_block_size_that_is_not_the_checkpoints_is_refused_before_the_data_is_
     assert status == 2 and "give block_size=" in output and not list(tmp_path.glob(".cache/other-*"))
 
 
+def test_going_on_from_a_file_of_other_content_is_one_line(trained, tmp_path):
+    torch.save({"format": 1, "progress": {}}, tmp_path / "other.pth")
+    status, output, _ = trained(resume_from=str(tmp_path / "other.pth"))
+    assert status == 2 and "is damaged or was changed" in output
+
+
 def test_going_on_with_a_single_dialogue_makes_one_store_and_says_whose_tokenizer_it_has(trained, tmp_path):
     _, _, folder = trained(max_steps=2)
     (tmp_path / "one.txt").write_text("abc\ndef\n")
