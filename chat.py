@@ -145,8 +145,7 @@ class Conversation:
                 break
         replies = [[i for i in reply if i >= 0] for reply in zip(*rows)]
         best = most_informative(self.model, replies, scores, settings.mmi_weight, SEP)
-        self.cache.adopt(branch, best)
-        yield from replies[best]
+        yield from replies[best]  # the cache ends before it: the next turn computes it along with its own
 
 
 def main():

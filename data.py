@@ -4,6 +4,7 @@ Positions and targets. A dialogue of n tokens (its last one is `<pad>`, the end)
 token i + 1. Positions that are mere filling have the target -100 and the document number -1.
 """
 
+import bisect
 import codecs
 import contextlib
 import glob
@@ -470,18 +471,18 @@ def pack(lengths, block_size, rng):
     by_length = shuffled[np.argsort(lengths[shuffled], kind="stable")]
     ends = np.searchsorted(lengths[by_length], np.arange(block_size + 1), side="right").tolist()  # bucket of length n ends there
     begins = [0] + ends[:-1]
-    available = sum(1 << n for n in range(1, block_size + 1) if ends[n] > begins[n])  # bit n: pieces of length n are left
+    left = [n for n in range(1, block_size + 1) if ends[n] > begins[n]]  # lengths of which there are pieces left
     taken, rows = [], []
-    while available:
+    while left:
         rows.append(len(taken))
         space = block_size
-        while fitting := available & ((2 << space) - 1):  # lengths up to space
-            n = fitting.bit_length() - 1
+        while fitting := bisect.bisect(left, space):  # how many of these lengths
+            n = left[fitting - 1]
             ends[n] -= 1
             taken.append(ends[n])
             space -= n
             if ends[n] == begins[n]:
-                available ^= 1 << n
+                del left[fitting - 1]
     rows = np.array(rows + [len(taken)])
     order = rng.permutation(len(rows) - 1)
     sizes = np.diff(rows)[order]

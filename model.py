@@ -106,11 +106,6 @@ class KVCache:
         branch.start, branch.steps = self.start.repeat(rows), None
         return branch
 
-    def adopt(self, branch, row):
-        """Goes on as row `row` of a branch."""
-        self.keys[:, 0], self.values[:, 0] = branch.keys[:, row], branch.values[:, row]
-        self.length = branch.length
-
 
 def drop(x, share, training=True):
     """Dropout of whole features of (B, T, C): the same ones at all positions of a row (Gal and Ghahramani 2016). It prevents
@@ -258,7 +253,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, slope):
         by_hidden, by_weight = ctx.saved_tensors
-        return by_hidden * slope.to(by_hidden.dtype), by_weight * slope, None, None, None
+        return (by_hidden.float() * slope).to(by_hidden.dtype), by_weight * slope, None, None, None  # `slope` is not rounded
 
 
 def _enter(x, normalise, dropout, dtype):
@@ -574,7 +569,8 @@ def sample(logits, history, sampling, generator=None):
     logits = adjust(logits, history, sampling)
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    noise = torch.empty_like(logits).exponential_(generator=generator)  # argmax(p / noise) draws from p, without a sync
+    # argmax(p / noise) draws from p, without a sync. On a Mac some of the noise is 0, and 0 / 0, of what is forbidden, would win.
+    noise = torch.empty_like(logits).exponential_(generator=generator).clamp_(min=1e-30)
     return (logits.softmax(dim=-1) / noise).argmax(dim=-1)
 
 

@@ -362,7 +362,7 @@ def undisturbed(wish=True):
 
 def peak_flops(runtime):
     """FLOP/s that MFU is measured against: the data sheet's, or what a product reaches here."""
-    if runtime.device.type == "cuda":
+    if runtime.device.type == "cuda" and runtime.dtype != torch.float32:
         name = torch.cuda.get_device_name(runtime.device)
         for part, peak in PEAKS.items():
             if re.search(rf"{part}\b", name):

@@ -180,7 +180,7 @@ def experiment(settings, runtime, stopping, dry_run):
             chosen = max(results, key=lambda result: result["validation"]["accuracy"] if result["validation"] else 0)
             checkpoint.name_also(os.path.join(chosen["folder"], "best.pth"), os.path.join("..", "best.pth"))
         content = summary | dict(classes=names, settings=dataclasses.asdict(settings))
-        with open(os.path.join(root, "metrics.json"), "w", encoding="utf-8") as file:
+        with checkpoint.whole(os.path.join(root, "metrics.json")) as temporary, open(temporary, "w", encoding="utf-8") as file:
             json.dump(content, file, ensure_ascii=False, indent=1)
         best = " that is best on validation" if several and chosen["validation"] else ""
         runtime.say(f"the classifier{best}: {root}/best.pth; all figures: {root}/metrics.json")

@@ -119,14 +119,15 @@ def train(settings, runtime, dry_run, begin):
         return total
 
     def save():
-        """Rank 0 writes a checkpoint; its path."""
-        if not runtime.main:
-            return None
-        content = checkpoint.describe(model, tokenizer) | dict(
-            optimizer=[optimizer.state_dict() for optimizer in optimizers], scaler=scaler.state_dict(), progress=progress,
-            random=dict(seed=settings.seed), settings=dataclasses.asdict(settings), metrics=metrics)
-        new = bar.write if saved_step < 0 else None
-        return checkpoint.save(settings.checkpoint_root, progress["step"], content, settings.keep, new)
+        """Rank 0 writes a checkpoint."""
+        nonlocal saved_step, saved_path
+        if runtime.main:
+            content = checkpoint.describe(model, tokenizer) | dict(
+                optimizer=[optimizer.state_dict() for optimizer in optimizers], scaler=scaler.state_dict(), progress=progress,
+                random=dict(seed=settings.seed), settings=dataclasses.asdict(settings), metrics=metrics)
+            new = bar.write if saved_step < 0 else None
+            saved_path = checkpoint.save(settings.checkpoint_root, progress["step"], content, settings.keep, new)
+        saved_step = progress["step"]
 
     learn = Recorded(learn) if record else learn
     stopping = rt.StopSignal(runtime.processes)
@@ -145,8 +146,9 @@ def train(settings, runtime, dry_run, begin):
         better = False
         if due:
             if saved_step < 0:  # a run's first evaluation may run out of memory
-                saved_step, saved_path = step, save()
-            before, metrics = metrics.get("tokens"), evaluate(model, held_out, tokenizer, settings, runtime) | dict(step=step)
+                save()
+            before = metrics.get("tokens")
+            metrics = evaluate(model, held_out, tokenizer, settings, runtime) | dict(step=step)
             if before not in (None, metrics["tokens"]):  # eval_steps or test_batch is another: losses do not compare
                 progress |= dict(best=math.inf, worse=0)
             better = metrics["loss"] < progress["best"] or not metrics["tokens"]  # with nothing held out, the newest is the best
@@ -156,7 +158,7 @@ def train(settings, runtime, dry_run, begin):
 
         finished |= settings.patience is not None and progress["worse"] >= settings.patience
         if due or step not in (0, saved_step) and (finished or wish or step % settings.save_freq == 0):
-            saved_step, saved_path = step, save()
+            save()
             if runtime.main and better:
                 checkpoint.name_also(saved_path, "best.pth")
             tick, tick_tokens = time.perf_counter(), 0

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import model as model_module
 from model import GPT, GPTConfig, KVCache, Sampling, adjust, drop, generate, rotate, sample
 
 SHAPES = {"gpt2": dict(arch="gpt2", n_head=4), "modern": dict(arch="modern", n_head=4, n_kv_head=2)}
@@ -269,6 +270,23 @@ def test_sampling_never_waits_for_the_device():
     logits, history = torch.empty(2, 300, device="meta"), torch.empty(2, 8, device="meta", dtype=torch.long)
     sampling = Sampling(top_k=9, top_p=0.9, min_p=0.1, repetition_penalty=1.1, no_repeat_ngram=3, exempt=(7,))
     assert sample(logits, history, sampling).shape == (2,)
+
+
+def test_the_gradient_below_the_head_is_scaled_as_exactly_as_the_head_s():
+    """So that 3 processes, whose factor is not a power of two times one's, train as one does in bfloat16."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 128).bfloat16().requires_grad_(), torch.randn(50, 128)
+    loss = model_module._LinearCrossEntropy.apply(hidden, weight, torch.randint(50, (64,)), torch.zeros(50), model_module._loss_of_rows)
+    whole, = torch.autograd.grad(loss, hidden, retain_graph=True)
+    part, = torch.autograd.grad(loss * 0.333, hidden)  # in bfloat16 0.332
+    assert abs(part.float().abs().sum() / whole.float().abs().sum() / 0.333 - 1) < 1e-3
+
+
+def test_noise_of_zero_draws_nothing_forbidden(monkeypatch):
+    """As on a Mac, where an exponential variate may be 0."""
+    draw = torch.Tensor.exponential_
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, **options: draw(self, **options).index_fill_(1, torch.tensor([0]), 0.0))
+    assert sample(torch.zeros(4, 3), torch.empty((4, 0), dtype=torch.long), Sampling(temperature=1.0)).min() > 0  # <unk> is 0
 
 
 def test_sampled_tokens_follow_the_probabilities():
