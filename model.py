@@ -253,7 +253,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, slope):
         by_hidden, by_weight = ctx.saved_tensors
-        return (by_hidden.float() * slope).to(by_hidden.dtype), by_weight * slope, None, None, None  # `slope` is not rounded
+        return by_hidden.float().mul_(slope).to(by_hidden.dtype), by_weight * slope, None, None, None  # `slope` is not rounded
 
 
 def _enter(x, normalise, dropout, dtype):
