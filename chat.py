@@ -181,8 +181,11 @@ def find_checkpoint(settings):
     if path == "auto" or os.path.isdir(path):
         folder = settings.checkpoint_root if path == "auto" else path
         path = os.path.join(folder, "best.pth")
+        last = os.path.join(folder, "last.pth")
         if not os.path.isfile(path) and (saved := checkpoint.numbered(folder)):
             path = saved[0][1]
+        elif os.path.isfile(path) and os.path.isfile(last) and not os.path.samefile(path, last):
+            print(f"{path} has the lowest validation loss; {last}, of a later step, knows its training text better", file=sys.stderr)
     return path
 
 

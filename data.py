@@ -31,6 +31,7 @@ BLOCK = 1 << 19  # bytes read at once; arrays of this size stay in the cache
 IGNORE = -100  # target of a position that is not scored
 NEWLINE = ord("\n")
 END = ord("\r")  # closes a dialogue in a store of characters; readers leave none in the text
+ARRAY = "; one array of them all becomes that by jq -c '.[]' FILE > NEW.jsonl"
 UNSPOKEN = {"system", "developer", "tool", "ipython", "function", "function_call", "observation"}  # roles in JSONL
 SPACE = np.array([chr(point).isspace() for point in range(0x3002)])  # by code point; the last, no space, is for all above
 
@@ -153,10 +154,12 @@ def _jsonl_dialogues(file, path):
                 raise KeyError
             turns = [(role, text) for role, text in map(_turn, entry.get("messages") or entry.get("conversations") or []) if text]
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number} is not JSON: {error.msg} at column {error.colno}; each line should be an object")
+            raise UserError(f"{path}, line {number} is not JSON: {error.msg.removesuffix(' at')} at column {error.colno}; each line should "
+                            "be an object" + ARRAY * line.lstrip().startswith("["))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f'{path}, line {number}: expected {{"messages": [{{"role": …, "content": …}}, …]}} '
-                            'or {"conversations": [{"from": …, "value": …}, …]}, an object a line, each text a string')
+                            'or {"conversations": [{"from": …, "value": …}, …]}, an object a line, each text a string'
+                            + ARRAY * line.lstrip().startswith("["))
         if turns:  # what one says in several is one utterance, so that speakers alternate
             speakers = itertools.groupby(turns, key=lambda turn: turn[0])
             yield "\n".join(" ".join(text for _, text in said) for _, said in speakers) + "\n\n"

@@ -51,11 +51,12 @@ def export(path, target):
     if os.path.lexists(target):
         raise UserError(f"{target} exists; name a new one")
     try:
-        model, tokenizer, *_ = read(path)
+        model, tokenizer, *meta = read(path)
         write(target, model, tokenizer)
     except ImportError as error:
         raise UserError(f"{target} needs {error.name}: python -m pip install {error.name}")
-    print(f"{target}: load it with {reader}")
+    headless = any("classifier" in one for one in meta)
+    print(f"{target}{' (without the head of the classifier)' * headless}: load it with {reader}")
 
 
 def write_checkpoint(path, model, tokenizer):

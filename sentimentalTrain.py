@@ -152,6 +152,8 @@ def experiment(settings, runtime, stopping, dry_run):
         runtime.say(f"{settings.sentimental_data_path}: rows without a review or label, left out: {left_out}")
     runtime.say(f"settings  {', '.join(f'{k}={v}' for k, v in dataclasses.asdict(settings).items())}\n"
                 f"machine   {runtime.device}, {str(runtime.dtype).removeprefix('torch.')}, processes: {runtime.world}")
+    if len({re.sub(r"\.0$", "", name.casefold()) for name in names}) < len(names):
+        runtime.say(f"some of the labels {', '.join(names)} look alike, but are classes of their own: write alike those that are one")
     classes = ", ".join(f"{name}: {count}" for name, count in zip(names, np.bincount(labels)))
     runtime.say(f"reviews   {settings.sentimental_data_path}: {len(texts)} of {len(names)} classes ({classes})")
     plans = list(reviews.splits(texts, labels, names, settings))

@@ -64,6 +64,9 @@ def train(settings, runtime, dry_run, begin):
     progress, same_run = starting_point(settings, runtime, path, saved, made)
     if begun := progress["step"]:
         runtime.say(f"going on from {path} at step {begun}")
+    if not same_run and (there := checkpoint.numbered(settings.checkpoint_root)):
+        runtime.say(f"{settings.checkpoint_root} holds a run up to step {there[0][0]}, which the first save sets aside"
+                    + ("" if saved else "; to go on with it: resume_from=auto"))
     epoch = data.Epoch(documents, settings.block_size, settings.seed, progress["epoch"], settings.chain)
     progress["row"] = min(progress["row"], len(epoch) - 1)  # another `chain` may need fewer rows
     describe(settings, runtime, model, epoch, held_out, made)

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -404,6 +405,15 @@ def test_a_pipe_answers_each_line_before_the_next_one_comes(path):
             assert process.stdout.readline().strip()
         process.stdin.close()
         assert process.stdout.read() == "" and process.wait(timeout=60) == 0
+
+
+def test_of_a_folder_whose_best_and_last_model_differ_it_says_which_it_takes(path, tmp_path):
+    for name in ("best.pth", "last.pth"):
+        shutil.copyfile(path, tmp_path / name)
+    assert f"{tmp_path}/best.pth has the lowest validation loss; {tmp_path}/last.pth" in run(str(tmp_path), "--prompt", "你好").stderr
+    os.unlink(tmp_path / "last.pth")
+    os.link(tmp_path / "best.pth", tmp_path / "last.pth")
+    assert run(str(tmp_path), "--prompt", "你好").stderr == ""
 
 
 def test_a_reply_waits_for_no_compiler(path):

@@ -179,11 +179,13 @@ def test_llama_cpp_computes_and_writes_what_we_do_from_a_gguf_file(tmp_path, mon
         export.main()
 
 
-def test_an_exported_classifier_has_no_more_ids_than_its_tokenizer(tmp_path):
+def test_an_exported_classifier_has_no_more_ids_than_its_tokenizer_and_no_head(tmp_path, capsys):
     path = write_checkpoint(tmp_path, "char", arch="modern")
     model, ours, meta = checkpoint.load_model(path)
-    checkpoint.write(path, checkpoint.describe(extended(model, 2, 0.0, like=SEP), ours) | dict(settings={}, metrics={}, progress={}))
+    content = checkpoint.describe(extended(model, 2, 0.0, like=SEP), ours)
+    checkpoint.write(path, content | dict(settings={}, metrics={}, progress={}, classifier={}))
     export.export(path, str(tmp_path / "out"))
+    assert "out (without the head of the classifier): load it" in capsys.readouterr().out
     theirs = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "out"))
     assert theirs.config.vocab_size == ours.size == len(transformers.AutoTokenizer.from_pretrained(str(tmp_path / "out")))
 

@@ -661,6 +661,15 @@ def test_a_missing_base_or_a_checkpoint_without_a_classifier_says_what_to_do(con
         run(monkeypatch, base, "--predict-text", "好")
 
 
+def test_labels_that_look_alike_are_told_of(config, tmp_path, monkeypatch, capsys):
+    text = (tmp_path / "reviews.csv").read_text()
+    run(monkeypatch, config, "--dry-run")
+    assert "look alike" not in capsys.readouterr().out
+    (tmp_path / "reviews.csv").write_text(text + "".join(f"0.0,别的{i}\n" for i in range(20)))
+    run(monkeypatch, config, "--dry-run")
+    assert "look alike, but are classes of their own" in capsys.readouterr().out
+
+
 def test_a_classifier_whose_attention_was_not_causal_is_refused(config, tmp_path, monkeypatch):
     run(monkeypatch, config, "max_epoch=1")
     content = torch.load(tmp_path / "out" / "best.pth")

@@ -483,6 +483,13 @@ def test_a_block_size_that_is_not_the_checkpoints_is_refused_before_the_data_is_
     assert status == 2 and "give block_size=" in output and not list(tmp_path.glob(".cache/other-*"))
 
 
+def test_a_folder_that_holds_a_run_is_told_of_before_the_first_step(trained):
+    trained(max_steps=2)
+    status, output, _ = trained("--dry-run", max_steps=2)
+    assert status == 0 and "holds a run up to step 2, which the first save sets aside; to go on with it: resume_from=auto" in output
+    assert "holds a run" not in trained(max_steps=4, resume_from="auto")[1]
+
+
 def test_going_on_from_a_file_of_other_content_is_one_line(trained, tmp_path):
     torch.save({"format": 1, "progress": {}}, tmp_path / "other.pth")
     status, output, _ = trained(resume_from=str(tmp_path / "other.pth"))
